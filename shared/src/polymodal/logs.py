@@ -1,0 +1,234 @@
+"""Loggers: metrics.csv always, W&B (offline without an account, never a prompt), TensorBoard on request.
+
+Metric names are the same everywhere: ``train/loss``, ``val/bleu4``, ``test/miou_all``, ``perf/step_ms``. Their x-axis
+is defined once, in ``X_AXES``.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.loggers.logger import Logger
+
+from polymodal.errors import UserError
+from polymodal.files import write_text
+
+if TYPE_CHECKING:
+    from polymodal.config import LoggingConfig
+
+__all__ = ["X_AXES", "CsvLog", "WandbLog", "make_loggers", "wandb_mode"]
+
+log = logging.getLogger(__name__)
+
+X_AXES = {
+    "train/*": "step",
+    "val/*": "step",
+    "test/*": "step",
+    "perf/*": "step",
+    "comm/*": "round",
+    "privacy/*": "round",
+}
+"""Metric name pattern -> name of its x-axis. Packages that count rounds or tasks pass their own axis for all."""
+
+HEADER = ["step", "epoch", "name", "value"]
+
+
+class CsvLog(Logger):
+    """``metrics.csv``: one row a value (step, epoch, name, value), appended and flushed, so a kill loses nothing.
+
+    Args:
+        path: the file; an existing one is continued.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        if not path.exists():
+            write_text(path, ",".join(HEADER) + "\n")
+
+    @property
+    def name(self) -> str:
+        """Name for Lightning."""
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        """Version for Lightning."""
+        return ""
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: config.yaml has them."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Append one row a metric; ``epoch`` is a column, not a metric."""
+        values = dict(metrics)
+        epoch = values.pop("epoch", "")
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        for name, value in values.items():
+            writer.writerow([step, "" if epoch == "" else int(epoch), name, repr(float(value))])
+        with self.path.open("a", encoding="utf-8", newline="") as handle:
+            handle.write(text.getvalue())
+
+    def rewind(self, step: int) -> None:
+        """Drop what was logged after ``step``, all ``test/`` rows, and a half-written last line (before a resume)."""
+        kept = [HEADER]
+        for row in _rows(self.path):
+            if int(row[0]) <= step and not row[2].startswith("test/"):
+                kept.append(row)
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(kept)
+        write_text(self.path, text.getvalue())
+
+
+def _rows(path: Path) -> list[list[str]]:
+    """Complete rows of a metrics file; a half-written last line is left out."""
+    text = path.read_text(encoding="utf-8")
+    complete = text[: text.rfind("\n") + 1]
+    return [r for r in csv.reader(io.StringIO(complete)) if len(r) == len(HEADER) and r != HEADER]
+
+
+def wandb_mode(config: LoggingConfig) -> str:
+    """``online``, ``offline`` or ``off``: auto is online only where an account is configured; never a prompt.
+
+    ``WANDB_MODE`` set by the user wins over auto. Tests of a terminal or a login are left out on purpose: wandb would
+    ask there.
+    """
+    if config.wandb != "auto":
+        return config.wandb
+    forced = os.environ.get("WANDB_MODE", "")
+    if forced in ("online", "offline"):
+        return forced
+    if forced in ("disabled", "dryrun"):
+        return "off" if forced == "disabled" else "offline"
+    return "online" if _has_account() else "offline"
+
+
+def _has_account() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    import netrc
+
+    file = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    try:
+        hosts = netrc.netrc(str(file)).hosts
+    except (OSError, netrc.NetrcParseError):
+        return False
+    address = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
+    return address in hosts
+
+
+class WandbLog(Logger):
+    """A real W&B run. The whole configuration is sent at init, x-axes are defined, offline needs no account.
+
+    Args:
+        folder: run folder; files go to ``folder/wandb``.
+        config: complete configuration as plain data.
+        mode: ``online`` or ``offline``.
+        settings: run_id, name, project, entity, group, tags, job_type of the run.
+        axes: metric pattern -> x-axis (default ``X_AXES``).
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        mode: str,
+        settings: Mapping[str, Any],
+        axes: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__()
+        import wandb
+
+        os.environ.setdefault("WANDB_SILENT", "true")
+        arguments = dict(
+            dir=str(folder),
+            id=settings["run_id"],
+            name=settings["name"],
+            project=settings["project"],
+            entity=settings.get("entity"),
+            group=settings.get("group"),
+            tags=list(settings.get("tags", ())),
+            job_type=settings.get("job_type", "train"),
+            config=config,
+            resume="allow" if mode == "online" else None,
+            settings=wandb.Settings(silent=True, console="off", init_timeout=30, disable_git=True, quiet=True),
+        )
+        try:
+            self.run = wandb.init(mode=mode, **arguments)
+        except (wandb.errors.CommError, wandb.errors.UsageError, TimeoutError) as error:
+            if mode == "offline":
+                raise
+            log.warning("W&B cannot be reached (%s); this run is logged offline", " ".join(str(error).split()))
+            mode = "offline"
+            self.run = wandb.init(mode=mode, **{**arguments, "resume": None})
+        self.mode = mode
+        for axis in sorted(set((axes or X_AXES).values())):
+            self.run.define_metric(axis, hidden=True)
+        for pattern, axis in (axes or X_AXES).items():
+            self.run.define_metric(pattern, step_metric=axis)
+
+    @property
+    def name(self) -> str:
+        """Name for Lightning."""
+        return "wandb"
+
+    @property
+    def version(self) -> str:
+        """Run id."""
+        return str(self.run.id)
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: the configuration was complete at init."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log values; ``step`` becomes the x-axis value unless the metrics bring their own (round, task)."""
+        self.run.log({**metrics, **({} if step is None else {"step": step})})
+
+    def log_table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Log a table of samples."""
+        import wandb
+
+        self.run.log({key: wandb.Table(columns=list(columns), data=[list(r) for r in rows])})
+
+    def log_images(self, key: str, paths: Sequence[Path]) -> None:
+        """Log picture files."""
+        import wandb
+
+        self.run.log({key: [wandb.Image(str(p)) for p in paths]})
+
+    def close(self, exit_code: int = 0) -> str | None:
+        """Finish the run; returns the command that uploads an offline run."""
+        folder = Path(self.run.dir).parent
+        self.run.finish(exit_code=exit_code)
+        return f"wandb sync {folder}" if self.mode == "offline" else None
+
+
+def make_loggers(
+    folder: Path, logging_config: LoggingConfig, config: dict[str, Any], settings: Mapping[str, Any]
+) -> list[Logger]:
+    """CSV always, then what the configuration asks for.
+
+    Raises:
+        UserError: TensorBoard asked for but not installed.
+    """
+    loggers: list[Logger] = [CsvLog(folder / "metrics.csv")]
+    mode = wandb_mode(logging_config)
+    if mode != "off":
+        loggers.append(WandbLog(folder, config, mode, settings))
+    if logging_config.tensorboard:
+        from lightning.pytorch.loggers import TensorBoardLogger
+
+        try:
+            loggers.append(TensorBoardLogger(save_dir=folder, name="tensorboard", version=""))
+        except ModuleNotFoundError as error:
+            raise UserError("TensorBoard is not installed: pip install 'polymodal[tensorboard]'") from error
+    return loggers
+
+
