@@ -184,9 +184,7 @@ def _with_underscores(argument: str) -> str:
     return "--" + name[2:].replace("-", "_") + eq + value
 
 
-def _expand(
-    arguments: list[str], presets: str | None, choices: Mapping[str, Mapping[str, str]]
-) -> list[str]:
+def _expand(arguments: list[str], presets: str | None, choices: Mapping[str, Mapping[str, str]]) -> list[str]:
     """Replace preset names by their content and short class names by class paths."""
     result: list[str] = []
     waiting = iter(arguments)
@@ -329,7 +327,9 @@ def _type_name(hint: Any) -> str:
         return "|".join(_type_name(a) for a in typing.get_args(hint) if a is not type(None))
     if origin in (list, tuple, dict):
         return {list: "[...]", tuple: "[...]", dict: "{...}"}[origin]
-    return {bool: "BOOL", int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}.get(hint, getattr(hint, "__name__", "X"))
+    return {bool: "BOOL", int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}.get(
+        hint, getattr(hint, "__name__", "X")
+    )
 
 
 def _row(option: str, text: str) -> str:

@@ -230,5 +230,3 @@ def make_loggers(
         except ModuleNotFoundError as error:
             raise UserError("TensorBoard is not installed: pip install 'polymodal[tensorboard]'") from error
     return loggers
-
-

@@ -41,24 +41,23 @@ def numpy_rng(seed: int, *names: str | int) -> np.random.Generator:
     return np.random.default_rng(derive(seed, *names))
 
 
-def seed_step(seed: int, step: int, rank: int = 0) -> torch.Generator:
+def seed_step(seed: int, *names: str | int) -> torch.Generator:
     """Seed the global torch generators for one training step and return a generator of its own for the loss.
 
-    Dropout draws from torch's global generator. Seeding it from (seed, step, rank) makes those draws a function of
-    the step, so that a resumed run repeats them without any generator state in the checkpoint.
+    Dropout draws from torch's global generator. Seeding it by name makes those draws a function of the step, so that
+    a resumed run repeats them without any generator state in the checkpoint.
 
     Args:
         seed: root seed of the run.
-        step: number of optimizer steps done before this one.
-        rank: process rank; each rank draws its own dropout masks.
+        names: what identifies the step: epoch, batch index, rank (each rank draws its own dropout masks).
 
     Returns:
         A CPU generator for the explicit draws of ``TaskModule.loss``.
     """
     import torch
 
-    torch.manual_seed(derive(seed, "global", step, rank))
-    return generator(seed, "loss", step, rank)
+    torch.manual_seed(derive(seed, "global", *names))
+    return generator(seed, "loss", *names)
 
 
 def set_threads(threads: int | None) -> int:

@@ -1,0 +1,214 @@
+"""The one trainer of all packages: built from TrainerConfig and a Run, resumable, tested with the best weights."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from polymodal.callbacks import (
+    AtomicCheckpointIO,
+    Checkpoints,
+    DataPosition,
+    MetricRows,
+    NonFiniteGuard,
+    PlainProgress,
+    RichProgress,
+    load_checkpoint,
+)
+from polymodal.config import TrainerConfig
+from polymodal.errors import UserError
+from polymodal.logs import CsvLog
+from polymodal.run import Run
+from polymodal.task import TaskModule
+
+__all__ = ["build_trainer", "evaluate", "fit", "fit_and_test", "resume_checkpoint"]
+
+log = logging.getLogger(__name__)
+
+
+def build_trainer(
+    config: TrainerConfig,
+    run: Run,
+    callbacks: Sequence[L.Callback] = (),
+    *,
+    monitor: str | None = None,
+    mode: str = "max",
+    stage: int = 0,
+    step_offset: int = 0,
+) -> L.Trainer:
+    """A ``lightning.Trainer`` with the shared callbacks and the run's loggers.
+
+    Args:
+        config: how to train.
+        run: where to write.
+        callbacks: the package's own callbacks, called before the shared ones.
+        monitor: full name of the metric that picks the best weights, e.g. ``"val/bleu4"``.
+        mode: ``max`` or ``min``.
+        stage: number of the training stage, stored in checkpoints.
+        step_offset: optimizer steps of earlier stages, added to the logged step.
+
+    Raises:
+        UserError: an accelerator that is not there, or an argument in ``config.extra`` that Lightning does not know.
+    """
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    shared = [
+        DataPosition(),
+        NonFiniteGuard(config.log_every_steps),
+        MetricRows(run, config.log_every_steps, step_offset),
+    ]
+    shared += [Checkpoints(run, config, monitor, mode, stage), *_progress(config)]
+    if config.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UserError("--trainer.accelerator gpu: torch finds no GPU here; use cpu or auto")
+    arguments: dict[str, Any] = {
+        "accelerator": config.accelerator,
+        "devices": config.devices,
+        "precision": config.precision,
+        "max_epochs": config.max_epochs,
+        "max_steps": config.max_steps,
+        "gradient_clip_val": config.clip_grad or None,
+        "accumulate_grad_batches": config.accumulate,
+        "check_val_every_n_epoch": config.val_every_epochs,
+        "log_every_n_steps": config.log_every_steps,
+        "deterministic": config.deterministic,
+        "logger": run.loggers,
+        "callbacks": [*callbacks, *shared],
+        "plugins": [AtomicCheckpointIO()],
+        "default_root_dir": run.folder,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": any(isinstance(c, RichProgress) for c in shared),
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,
+    }
+    try:
+        trainer = L.Trainer(**{**arguments, **config.extra})
+    except TypeError as error:
+        raise UserError(f"trainer.extra: {error}") from error
+    run.note(device=_device(trainer), precision=config.precision)
+    return trainer
+
+
+def _progress(config: TrainerConfig) -> list[L.Callback]:
+    kind = config.progress
+    if kind == "auto":
+        kind = "rich" if sys.stdout.isatty() else "plain"
+    return {"rich": [RichProgress(leave=False)], "plain": [PlainProgress()], "none": []}[kind]
+
+
+def _device(trainer: L.Trainer) -> str:
+    device = trainer.strategy.root_device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device.type)
+
+
+def resume_checkpoint(run: Run, stage: int = 0) -> Path | None:
+    """The checkpoint from which ``stage`` goes on, or None to start it fresh.
+
+    A damaged ``last.ckpt`` falls back to ``previous.ckpt`` with a warning.
+
+    Raises:
+        UserError: a checkpoint that the user named is damaged or of another task, or no readable one is left.
+    """
+    if run.checkpoint is None:
+        return None
+    candidates = [run.checkpoint]
+    if run.checkpoint.name == "last.ckpt":
+        candidates.append(run.checkpoint.with_name("previous.ckpt"))
+    problem: UserError | None = None
+    for path in candidates:
+        try:
+            info = load_checkpoint(path).get("polymodal", {})
+        except UserError as error:
+            problem = problem or error
+            continue
+        if info.get("task") != run.manifest["task"]:
+            raise UserError(f"checkpoint {path} is of task {info.get('task')!r}, not {run.manifest['task']!r}")
+        if problem is not None:
+            log.warning("%s; going on from %s (step %s)", problem, path.name, info.get("step"))
+        run.checkpoint = path
+        return path if info.get("stage", 0) == stage else None
+    raise problem or UserError(f"no checkpoint in {run.folder}")
+
+
+def stage_of_checkpoint(run: Run) -> int | None:
+    """Stage of the checkpoint the run continues from, None for a new run."""
+    if run.checkpoint is None:
+        return None
+    resume_checkpoint(run)
+    return int(load_checkpoint(run.checkpoint).get("polymodal", {}).get("stage", 0))
+
+
+def fit(
+    module: TaskModule,
+    data: L.LightningDataModule,
+    config: TrainerConfig,
+    run: Run,
+    callbacks: Sequence[L.Callback] = (),
+    *,
+    monitor: str | None = None,
+    mode: str = "max",
+    stage: int = 0,
+    step_offset: int = 0,
+) -> L.Trainer:
+    """Train one stage, from the run's checkpoint where it has one of this stage. Arguments as ``build_trainer``."""
+    trainer = build_trainer(config, run, callbacks, monitor=monitor, mode=mode, stage=stage, step_offset=step_offset)
+    checkpoint = resume_checkpoint(run, stage)
+    if run.checkpoint is not None:
+        reached = load_checkpoint(run.checkpoint)["polymodal"]["step"] if checkpoint else 0
+        for logger in run.loggers:
+            if isinstance(logger, CsvLog):
+                logger.rewind(reached + step_offset)
+    with warnings.catch_warnings():
+        # One process reads small data faster than workers start; Lightning's advice does not apply to in-memory data.
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
+        warnings.filterwarnings("ignore", message=".*dataloader is not resumable.*")
+        warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+    run.checkpoint = None
+    return trainer
+
+
+def evaluate(module: TaskModule, data: L.LightningDataModule, trainer: L.Trainer) -> dict[str, float]:
+    """``test/`` metrics of the module as it is."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        trainer.test(module, datamodule=data, verbose=False)
+    return dict(module.last_metrics)
+
+
+def load_best(module: TaskModule, run: Run) -> None:
+    """Load ``best.ckpt`` into the module where the run kept one."""
+    path = run.folder / "checkpoints" / "best.ckpt"
+    if path.is_file():
+        module.load_state_dict(load_checkpoint(path)["state_dict"])
+
+
+def fit_and_test(
+    module: TaskModule,
+    data: L.LightningDataModule,
+    config: TrainerConfig,
+    run: Run,
+    callbacks: Sequence[L.Callback] = (),
+    *,
+    monitor: str | None = None,
+    mode: str = "max",
+    stage: int = 0,
+    step_offset: int = 0,
+) -> dict[str, float]:
+    """Train (or resume), load the best weights, test; returns the ``test/`` metrics. Arguments as ``build_trainer``."""
+    trainer = fit(
+        module, data, config, run, callbacks, monitor=monitor, mode=mode, stage=stage, step_offset=step_offset
+    )
+    load_best(module, run)
+    for callback in trainer.callbacks:
+        if isinstance(callback, MetricRows):
+            callback.offset = step_offset + trainer.global_step
+    return evaluate(module, data, trainer)
