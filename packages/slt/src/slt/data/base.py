@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from polymodal.errors import UserError
-from polymodal.files import require_dir
+from polymodal.paths import require_dir
 
 if TYPE_CHECKING:
     import numpy as np
@@ -186,7 +186,7 @@ class SLTData:
             for item in self.items(split):
                 if item.id in owner:
                     raise UserError(
-                        f"{self.name}: video {item.id} is in {owner[item.id]} and in {split}; a video belongs to one split"
+                        f"{self.name}: video {item.id} is in {owner[item.id]} and {split}; a video belongs to one split"
                     )
                 owner[item.id] = split
 
