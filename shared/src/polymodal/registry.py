@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from polymodal.errors import UserError
 
@@ -26,6 +28,9 @@ class MethodInfo:
         summary: one line for tables and ``polymodal list``.
         tags: free labels; contract checks select by them.
         fidelity: ``paper`` (equations of the paper), ``code`` (official code), ``reconstruction`` (our reading).
+
+    Raises:
+        ValueError: a name, target or fidelity of the wrong form.
     """
 
     name: str
@@ -34,6 +39,16 @@ class MethodInfo:
     summary: str
     tags: tuple[str, ...] = ()
     fidelity: Fidelity = "paper"
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", self.name):
+            raise ValueError(f"method name {self.name!r}; expected lower-case words joined by _")
+        if not re.fullmatch(r"[\w.]+:\w+", self.target):
+            raise ValueError(f"{self.name}: target {self.target!r}; expected 'module:Class'")
+        if self.fidelity not in get_args(Fidelity):
+            raise ValueError(
+                f"{self.name}: fidelity {self.fidelity!r}; expected one of {', '.join(get_args(Fidelity))}"
+            )
 
 
 class Registry:
@@ -91,9 +106,13 @@ class Registry:
         """
         cls = self.load(name)
         try:
+            accepted = inspect.signature(cls).parameters
+        except ValueError:  # classes of extension modules have no signature; their own TypeError must do
             return cls(*args, **config)
-        except TypeError as error:
-            if "unexpected keyword argument" in str(error):
-                key = str(error).rsplit("'", 2)[1]
-                raise UserError(f"{self.kind} {name!r} has no option {key!r}; see its docstring: {cls.__module__}") from error
-            raise
+        open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
+        unknown = [key for key in config if key not in accepted]
+        if unknown and not open_ended:
+            close = difflib.get_close_matches(unknown[0], accepted, n=2)
+            hint = f"did you mean {' or '.join(close)}? " if close else ""
+            raise UserError(f"{self.kind} {name!r} has no option {unknown[0]!r}; {hint}known: {', '.join(accepted)}")
+        return cls(*args, **config)

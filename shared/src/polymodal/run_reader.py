@@ -1,0 +1,283 @@
+"""Reading run folders back: manifest, configuration, curves and samples, whatever state a run was left in."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from polymodal.errors import UserError
+from polymodal.run import SCHEMA_VERSION
+
+__all__ = ["MIGRATIONS", "Point", "RunRecord", "find_runs", "flatten", "read_run"]
+
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+"""Step from one manifest version to the next: version -> function of the manifest. Version 1 is the first."""
+
+_MAX_JSON_BYTES = 64 * 2**20
+_NOT_SEARCHED = frozenset({"checkpoints", "wandb", "samples", "figures", "tensorboard"})
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One value of a curve; ``epoch`` is ``None`` where the row has none."""
+
+    step: int
+    epoch: int | None
+    value: float
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one level of dotted keys; lists stay values, empty mappings stay ``{}``."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{name}."))
+        else:
+            flat[name] = value
+    return flat
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run folder, read only.
+
+    Args:
+        path: the run folder.
+        manifest: ``manifest.json``, migrated to ``SCHEMA_VERSION``.
+    """
+
+    path: Path
+    manifest: Mapping[str, Any]
+
+    def text(self, key: str, default: str = "") -> str:
+        """Entry ``key`` of the manifest as text; ``default`` where it is missing or null."""
+        value = self.manifest.get(key)
+        return default if value is None else str(value)
+
+    @property
+    def seed(self) -> int:
+        """Root seed; 0 where the manifest has none."""
+        value = self.manifest.get("seed")
+        return int(value) if isinstance(value, int | float) else 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end."""
+        return self.manifest.get("status") == "finished"
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the data; empty where the run recorded none."""
+        data = self.manifest.get("data")
+        return str(data.get("fingerprint") or "") if isinstance(data, Mapping) else ""
+
+    @property
+    def signatures(self) -> dict[str, str]:
+        """Metric name -> signature of its definition."""
+        value = self.manifest.get("metric_signatures")
+        return {str(k): str(v) for k, v in value.items()} if isinstance(value, Mapping) else {}
+
+    @cached_property
+    def metrics(self) -> dict[str, float]:
+        """Final metrics; for a run without any, the last value of each curve."""
+        value = self.manifest.get("metrics")
+        final = _numbers(value) if isinstance(value, Mapping) else {}
+        return final or {name: points[-1].value for name, points in self.curves.items()}
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """``config.yaml`` as dotted keys; empty if it is missing or unreadable (logged)."""
+        path = self.path / "config.yaml"
+        try:
+            tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            _log.warning("%s cannot be read and is left out: %s", path, str(error).splitlines()[0])
+            return {}
+        return flatten(tree) if isinstance(tree, Mapping) else {}
+
+    @cached_property
+    def curves(self) -> dict[str, list[Point]]:
+        """Curves of ``metrics.csv`` by metric name, sorted by step; the last value of a repeated step counts.
+
+        Rows that are not complete (the line a killed run was writing) are left out.
+        """
+        by_name: dict[str, dict[int, Point]] = {}
+        path = self.path / "metrics.csv"
+        try:
+            with path.open(encoding="utf-8", errors="replace", newline="") as lines:
+                for row in csv.reader(_whole_lines(lines)):
+                    point = _point(row)
+                    if point is not None:
+                        by_name.setdefault(row[2], {})[point.step] = point
+        except FileNotFoundError:
+            pass
+        except (OSError, csv.Error) as error:
+            _log.warning("%s cannot be read to its end: %s", path, error)
+        return {name: [points[step] for step in sorted(points)] for name, points in by_name.items()}
+
+    def lookup(self, key: str) -> Any:
+        """Value of a dotted key: manifest first, then config; ``None`` where neither has it."""
+        flat = flatten(self.manifest)
+        if key in flat:
+            return flat[key]
+        return self.config.get(key)
+
+    def samples(self, limit: int = 20) -> dict[str, list[dict[str, str]]]:
+        """Tables of ``samples/*.jsonl`` and ``samples/*.md``: file stem -> at most ``limit`` rows of text."""
+        tables: dict[str, list[dict[str, str]]] = {}
+        folder = self.path / "samples"
+        for path in sorted(folder.glob("*")) if folder.is_dir() else ():
+            if path.suffix not in (".jsonl", ".md"):
+                continue
+            rows = list(_sample_rows(path, limit))
+            if rows:
+                tables[path.stem if path.stem not in tables else path.name] = rows
+        return tables
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    return {str(k): float(v) for k, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+
+
+def _whole_lines(lines: Iterator[str]) -> Iterator[str]:
+    """Lines that end with a line break: a last line without one was cut off while it was written."""
+    return (line.replace("\0", "") for line in lines if line.endswith("\n"))
+
+
+def _point(row: Sequence[str]) -> Point | None:
+    if len(row) != 4 or row[0] == "step":
+        return None
+    try:
+        point = Point(int(float(row[0])), int(float(row[1])) if row[1] else None, float(row[3]))
+    except (ValueError, OverflowError):
+        return None
+    return point if math.isfinite(point.value) else None
+
+
+def _sample_rows(path: Path, limit: int) -> Iterator[dict[str, str]]:
+    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    if path.suffix == ".jsonl":
+        for line in lines[:limit]:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(row, dict):
+                yield {str(k): _cell(v) for k, v in row.items()}
+        return
+    cells = [[c.strip() for c in line.strip().strip("|").split("|")] for line in lines if line.lstrip().startswith("|")]
+    if len(cells) > 2:
+        for values in cells[2 : 2 + limit]:
+            yield dict(zip(cells[0], values, strict=False))
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def read_run(path: Path) -> RunRecord:
+    """Read one run folder.
+
+    Args:
+        path: the run folder, or its ``manifest.json``.
+
+    Raises:
+        UserError: no manifest there, a manifest cut off while it was written, or one of a newer schema.
+    """
+    folder = path.parent if path.name == "manifest.json" else path
+    file = folder / "manifest.json"
+    if not file.is_file():
+        raise UserError(f"{folder} is not a run folder: it has no manifest.json{_hint(folder)}")
+    record = _read_manifest(file)
+    if isinstance(record, str):
+        raise UserError(f"{file}: {record}")
+    return record
+
+
+def _hint(folder: Path) -> str:
+    nested = sorted(folder.glob("**/manifest.json"), key=lambda p: p.stat().st_mtime)[-1:] if folder.is_dir() else []
+    return f"; the newest one below it is {nested[0].parent}" if nested else ""
+
+
+def _read_manifest(file: Path) -> RunRecord | str:
+    """The record, or why there is none. A newer schema is the one thing that must not be passed over."""
+    try:
+        if file.stat().st_size > _MAX_JSON_BYTES:
+            return "larger than 64 MiB, not a run manifest"
+        tree = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        return f"cannot be read ({error})"
+    except json.JSONDecodeError as error:
+        return f"not valid JSON at line {error.lineno}: cut off while it was written?"
+    if (
+        not isinstance(tree, dict)
+        or "schema_version" not in tree
+        or tree.get("schema", "polymodal.run") != "polymodal.run"
+    ):
+        return "not the manifest of a run"
+    return RunRecord(file.parent, _migrate(tree, file))
+
+
+def _migrate(tree: dict[str, Any], file: Path) -> dict[str, Any]:
+    version = tree["schema_version"]
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
+        raise UserError(
+            f"{file}: schema version {version}; this polymodal reads up to {SCHEMA_VERSION}: install a newer polymodal"
+        )
+    while version < SCHEMA_VERSION:
+        if version not in MIGRATIONS:
+            raise UserError(f"{file}: schema version {version} was never released; expected 1 to {SCHEMA_VERSION}")
+        tree = MIGRATIONS[version](dict(tree))
+        version += 1
+    return {**tree, "schema_version": version}
+
+
+def find_runs(roots: Sequence[Path]) -> tuple[list[RunRecord], list[str]]:
+    """All runs below some folders, in the order they were started.
+
+    Args:
+        roots: run folders or folders of run folders.
+
+    Returns:
+        The runs, and one line for each manifest that could not be read.
+
+    Raises:
+        UserError: a root does not exist, or a manifest has a newer schema.
+    """
+    records: dict[Path, RunRecord] = {}
+    skipped: list[str] = []
+    for root in roots:
+        if not root.is_dir():
+            raise UserError(f"no such folder: {root}; give a run folder or a folder of runs, e.g. runs/")
+        for file in _manifests(root):
+            record = _read_manifest(file)
+            if isinstance(record, str):
+                skipped.append(f"{file}: {record}; left out")
+            else:
+                records[file.resolve()] = record
+    ordered = sorted(records.values(), key=lambda r: (r.text("started"), str(r.path)))
+    return ordered, skipped
+
+
+def _manifests(root: Path) -> Iterator[Path]:
+    """Manifests below ``root``; a run folder's own subfolders are not searched."""
+    for folder, names, files in os.walk(root):
+        if "manifest.json" in files:
+            yield Path(folder) / "manifest.json"
+        names[:] = sorted(n for n in names if n not in _NOT_SEARCHED and not n.startswith("."))
