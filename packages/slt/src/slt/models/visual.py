@@ -1,0 +1,278 @@
+"""From packed frames to visual tokens: frame encoders, temporal convolutions, projection (our reading, section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+from polymodal.errors import UserError
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from slt.config import ModelConfig
+from slt.models.weights import load_tensors
+from slt.ops.lengths import SCHEMES, padded_length, token_length
+
+__all__ = ["FrameCNN", "PoseEncoder", "TemporalConv", "VisualEncoder", "build_backbone", "edge_padding", "pad_clips"]
+
+KERNEL = 5
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def edge_padding(lengths: Sequence[int], scheme: str) -> Tensor:
+    """Rows of packed frame features that make up the padded clips: edge frames repeated, clips one after another.
+
+    Repeating the feature of an edge frame is the same as repeating the frame before the frame encoder, without
+    encoding it again.
+
+    Args:
+        lengths: frames of each clip, at least 1.
+        scheme: ``gfslt`` (8 frames to the left) or ``vac`` (6); the right side fills up ``padded_length``.
+
+    Returns:
+        (sum of padded lengths,) int64 indices into the packed frames.
+    """
+    parts, start = [], 0
+    for frames in lengths:
+        positions = torch.arange(padded_length(frames, scheme)) - SCHEMES[scheme]
+        parts.append(positions.clamp_(0, frames - 1) + start)
+        start += frames
+    return torch.cat(parts)
+
+
+def _inner_rows(lengths: Sequence[int]) -> Tensor:
+    """Rows of a kernel-5 convolution over clips laid end to end that do not reach into the next clip."""
+    parts, start = [], 0
+    for length in lengths:
+        parts.append(torch.arange(start, start + length - KERNEL + 1))
+        start += length
+    return torch.cat(parts)
+
+
+def pad_clips(rows: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Unpack (sum of lengths, d) into a zero-padded batch.
+
+    Returns:
+        Tokens (batch, longest, d), 0 outside the mask, and the mask (batch, longest) bool, True = valid.
+    """
+    counts = torch.tensor(lengths, device=rows.device)
+    mask = torch.arange(max(lengths), device=rows.device) < counts[:, None]
+    return nn.utils.rnn.pad_sequence(list(rows.split(list(lengths))), batch_first=True), mask
+
+
+@contextmanager
+def _frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Batch norms use batch statistics without recording them: a recomputed forward must not count a batch twice."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+class FrameCNN(nn.Module):
+    """A CNN over packed frames.
+
+    Each frame counts once in the batch-norm statistics: repeated edge frames are added after the CNN. (The code that
+    we follow repeats them before it, which weights the first and last frame of each clip more.)
+
+    Args:
+        network: maps normalised (N, 3, H, W) to (N, ``width``).
+        width: number of features per frame.
+        frames_per_pass: largest chunk in evaluation, where chunks do not change the result.
+        recompute: gradient checkpointing in training.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, network: nn.Module, width: int, frames_per_pass: int = 512, recompute: bool = False) -> None:
+        super().__init__()
+        self.network = network.to(memory_format=torch.channels_last)
+        self.width = width
+        self.frames_per_pass = frames_per_pass
+        self.recompute = recompute
+        std = torch.tensor(IMAGENET_STD)
+        self.register_buffer("scale", (1 / (255 * std)).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", (torch.tensor(IMAGENET_MEAN) / std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """(N, 3, H, W) uint8 → (N, width)."""
+        if frames.dim() != 4 or frames.shape[1] != 3 or frames.dtype != torch.uint8:
+            raise UserError(
+                f"frames of shape {tuple(frames.shape)} and type {frames.dtype}; this backbone takes (N, 3, H, W) uint8"
+            )
+        if self.training:
+            if self.recompute and torch.is_grad_enabled():
+                contexts = (lambda: (nullcontext(), _frozen_statistics(self.network))) if self.training else None
+                return checkpoint(self._encode, frames, use_reentrant=False, context_fn=contexts)
+            return self._encode(frames)
+        return torch.cat([self._encode(part) for part in frames.split(self.frames_per_pass)])
+
+    def _encode(self, frames: Tensor) -> Tensor:
+        frames = frames.contiguous(memory_format=torch.channels_last)
+        pixels: Tensor = self.network(frames * self.scale - self.mean)
+        return pixels.flatten(1)
+
+
+class PoseEncoder(nn.Module):
+    """Two-layer network over the landmarks of a frame.
+
+    A missing landmark (last channel 0) enters as zeros whatever its coordinates hold, NaN included; the validity
+    itself is an input, so that zero means something else than the origin.
+
+    Args:
+        landmarks: number P of landmarks per frame.
+        width: features per frame.
+    """
+
+    def __init__(self, landmarks: int, width: int) -> None:
+        super().__init__()
+        self.landmarks = landmarks
+        self.width = width
+        self.network = nn.Sequential(
+            nn.Linear(4 * landmarks, width),
+            nn.LayerNorm(width),
+            nn.ReLU(),
+            nn.Linear(width, width),
+            nn.LayerNorm(width),
+            nn.ReLU(),
+        )
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """(N, P, 4) of x, y, z, valid → (N, width)."""
+        if frames.dim() != 3 or frames.shape[1:] != (self.landmarks, 4):
+            raise UserError(
+                f"landmarks of shape {tuple(frames.shape)}; this model takes (N, {self.landmarks}, 4): x, y, z, valid"
+            )
+        frames = frames.to(self.network[0].weight.dtype)
+        valid = frames[..., 3:] > 0
+        points = torch.where(valid, frames[..., :3], 0.0)
+        features: Tensor = self.network(torch.cat([points, valid.to(points.dtype)], dim=-1).flatten(1))
+        return features
+
+
+class TemporalConv(nn.Module):
+    """Conv5 - BN - ReLU - max pool 2, twice, over clips laid end to end.
+
+    Padded lengths are multiples of 4, so that pooling windows never cross a clip; rows of the convolutions that do
+    cross are dropped before batch norm. Padding of a batch therefore never exists: neither statistics nor outputs
+    of a clip depend on how long its batch mates are.
+
+    Args:
+        inputs: features per frame.
+        width: output features.
+        scheme: ``gfslt`` or ``vac``.
+    """
+
+    def __init__(self, inputs: int, width: int, scheme: str = "gfslt") -> None:
+        super().__init__()
+        self.scheme = scheme
+        self.conv1 = nn.Conv1d(inputs, width, KERNEL)
+        self.norm1 = nn.BatchNorm1d(width)
+        self.conv2 = nn.Conv1d(width, width, KERNEL)
+        self.norm2 = nn.BatchNorm1d(width)
+
+    def forward(self, features: Tensor, lengths: Sequence[int]) -> tuple[Tensor, list[int]]:
+        """Packed frame features (sum of lengths, inputs) → packed tokens (sum of counts, width) and the counts."""
+        rows = features[edge_padding(lengths, self.scheme).to(features.device, non_blocking=True)]
+        spans = [padded_length(frames, self.scheme) for frames in lengths]
+        rows = self._block(rows, spans, self.conv1, self.norm1)
+        spans = [(span - KERNEL + 1) // 2 for span in spans]
+        rows = self._block(rows, spans, self.conv2, self.norm2)
+        return rows, [token_length(frames, self.scheme) for frames in lengths]
+
+    @staticmethod
+    def _block(rows: Tensor, spans: Sequence[int], conv: nn.Conv1d, norm: nn.BatchNorm1d) -> Tensor:
+        rows = conv(rows.T[None])[0].T[_inner_rows(spans).to(rows.device, non_blocking=True)]
+        return torch.relu(norm(rows)).view(rows.shape[0] // 2, 2, -1).amax(1)
+
+
+class VisualEncoder(nn.Module):
+    """Packed frames → visual tokens of the model's width.
+
+    Args:
+        config: the network's settings.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.backbone = build_backbone(config)
+        self.temporal = TemporalConv(self.backbone.width, config.width, config.padding)
+        self.sign_emb = nn.Linear(config.width, config.width)
+        self.norm = nn.LayerNorm(config.width) if config.sign_proj_norm == "ln" else nn.BatchNorm1d(config.width)
+
+    def forward(self, frames: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode clips.
+
+        Args:
+            frames: frames of all clips one after another: (N, 3, H, W) uint8 or (N, P, 4) landmarks.
+            lengths: (batch,) int64 frames per clip; their sum is N.
+
+        Returns:
+            Tokens (batch, L, d), 0 at padding, and mask (batch, L), True = valid.
+
+        Raises:
+            UserError: a clip without frames, or lengths that do not add up to N.
+        """
+        counts: list[int] = lengths.tolist()
+        if min(counts, default=0) < 1 or sum(counts) != frames.shape[0]:
+            raise UserError(
+                f"{frames.shape[0]} packed frames for clips of {counts} frames; every clip needs at least one"
+            )
+        rows, spans = self.temporal(self.backbone(frames), counts)
+        return pad_clips(torch.relu(self.norm(self.sign_emb(rows))), spans)
+
+
+def _tiny_network() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 5, padding=2),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.AdaptiveMaxPool2d(1),
+    )
+
+
+def _resnet18(weights: str | None) -> nn.Module:
+    from torchvision.models import resnet18
+
+    network: nn.Module = resnet18(weights=None)
+    network.fc = nn.Identity()
+    if weights is not None:
+        tensors = {k: v for k, v in load_tensors(weights).items() if not k.startswith("fc.")}
+        problems = network.load_state_dict(tensors, strict=False)
+        if problems.missing_keys or problems.unexpected_keys:
+            raise UserError(
+                f"{weights} is not a torchvision resnet18: missing {problems.missing_keys[:3]}, "
+                f"unexpected {problems.unexpected_keys[:3]}; save resnet18(weights='IMAGENET1K_V1').state_dict()"
+            )
+    return network
+
+
+def build_backbone(config: ModelConfig) -> FrameCNN | PoseEncoder:
+    """The frame encoder named by the settings; never downloads.
+
+    Raises:
+        UserError: ``backbone_weights`` is not a ResNet-18.
+    """
+    if config.backbone == "pose":
+        return PoseEncoder(config.pose_landmarks, config.pose_width)
+    if config.backbone_weights is not None and config.backbone != "resnet18":
+        raise UserError(f"backbone_weights is for resnet18, not for backbone={config.backbone}; leave it empty")
+    network, width = (
+        (_resnet18(config.backbone_weights), 512) if config.backbone == "resnet18" else (_tiny_network(), 32)
+    )
+    return FrameCNN(network, width, config.frames_per_pass, config.checkpoint_frames)

@@ -1,0 +1,81 @@
+"""Read weights from files that a user names: safetensors, or torch files without code in them."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from polymodal.errors import UserError
+from torch import Tensor
+
+__all__ = ["load_folder", "load_tensors", "read_config"]
+
+
+def load_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Read a state dict on the CPU.
+
+    Args:
+        path: ``.safetensors`` or a torch file; the latter is read with ``weights_only=True``.
+
+    Returns:
+        Tensors by name; a ``state_dict`` or ``model`` level around them is removed.
+
+    Raises:
+        UserError: the file is missing, unreadable, or holds something else than tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"weights file {path} does not exist; give the path of a .safetensors or .pth file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            loaded: Any = load_file(path)
+        else:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        raise UserError(f"cannot read weights from {path}: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise UserError(f"cannot read weights from {path}: {str(error).splitlines()[0]}") from error
+    for level in ("state_dict", "model"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(level), dict):
+            loaded = loaded[level]
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise UserError(f"{path} does not hold a plain dictionary of tensors; save model.state_dict()")
+    return loaded
+
+
+def load_folder(folder: str | Path) -> dict[str, Tensor]:
+    """Weights of a transformers model folder: one file or several with an index.
+
+    Raises:
+        UserError: no weights file in the folder.
+    """
+    folder = Path(folder)
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return load_tensors(folder / name)
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            if any(Path(part).name != part for part in files):
+                raise UserError(f"{index} names files outside its folder; fetch the checkpoint again")
+            return {key: value for part in files for key, value in load_tensors(folder / part).items()}
+    raise UserError(f"no model.safetensors or pytorch_model.bin in {folder}; give the folder of an mBART checkpoint")
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """``config.json`` of a model folder (UserError where it is missing or not JSON)."""
+    path = Path(folder) / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; give the folder of an mBART checkpoint") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    return config
