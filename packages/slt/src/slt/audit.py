@@ -163,8 +163,8 @@ class AuditReport:
         rate, equal, items = self.overlap
         unit = "words" if self.level == "word" else "characters"
         return (
-            f"{items} items, {self.unique_sentences} different sentences; on average {100 * rate:.1f} % of a sentence's "
-            f"{unit} stand in its question; {equal} questions equal the sentence up to the question mark"
+            f"{items} items, {self.unique_sentences} different sentences; on average {100 * rate:.1f} % of a "
+            f"sentence's {unit} stand in its question; {equal} questions equal the sentence up to the question mark"
         )
 
     def _signature_lines(self) -> list[tuple[str, str]]:

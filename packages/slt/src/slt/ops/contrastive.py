@@ -91,7 +91,7 @@ def contrastive_loss(
         raise ValueError(f"a {tuple(a.shape)} and b {tuple(b.shape)}; expected both (N, d) with N >= 1")
     with torch.autocast(device_type=a.device.type, enabled=False):
         a, b = F.normalize(_full(a), dim=1), F.normalize(_full(b), dim=1)
-        scale = torch.as_tensor(logit_scale, device=a.device).to(a.dtype).clamp(max=MAX_LOGIT_SCALE).exp()
+        scale = torch.as_tensor(logit_scale, dtype=a.dtype, device=a.device).clamp(max=MAX_LOGIT_SCALE).exp()
         logits = scale * (a @ b.T)
         targets = _targets(a.shape[0], variant, ids, logits)
         cross_entropy = -0.5 * sum(
