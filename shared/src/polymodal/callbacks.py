@@ -205,8 +205,9 @@ class StopSignals:
 class DataPosition(L.Callback):
     """Keeps the place in the epoch, so that a run resumed in mid-epoch goes on with the very next batch.
 
-    Works with any loader whose ``batch_sampler`` has ``set_epoch`` and ``start_batch``; its order must be a function
-    of (seed, epoch). How many batches were prefetched by workers does not matter: what counts is what was trained on.
+    The data module makes its training batch sampler in ``setup`` and offers it as ``train_sampler``, with
+    ``set_epoch(epoch)`` and ``start_batch``; its order is a function of (seed, epoch). The place is set before the
+    loader starts its workers. How far workers had read ahead does not matter: what counts is what was trained on.
     """
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -215,35 +216,24 @@ class DataPosition(L.Callback):
         checkpoint["polymodal_position"] = {"epoch": trainer.current_epoch, "batch": progress.processed}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Point the sampler at the next batch before the loader starts."""
-        position = checkpoint.get("polymodal_position", {"epoch": 0, "batch": 0})
-        self._resume = (position["epoch"], position["batch"])
-
-    _resume: tuple[int, int] | None = None
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Apply the stored position to the samplers (the first batch has not been drawn yet)."""
-        for sampler in _batch_samplers(trainer):
-            if self._resume is None:
-                sampler.set_epoch(trainer.current_epoch)
-                continue
-            epoch, batch = self._resume
-            done = batch >= len(sampler)
-            sampler.set_epoch(epoch + 1 if done else epoch)
-            sampler.start_batch = 0 if done else batch
-        self._resume = None
+        """Point the sampler at the next batch."""
+        sampler = self._sampler(trainer)
+        position = checkpoint.get("polymodal_position")
+        if sampler is None or position is None or trainer.state.fn != "fit":
+            return
+        done = position["batch"] >= len(sampler)
+        sampler.set_epoch(position["epoch"] + 1 if done else position["epoch"])
+        sampler.start_batch = 0 if done else position["batch"]
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Tell the samplers the epoch."""
-        for sampler in _batch_samplers(trainer):
+        """Tell the sampler the epoch (Lightning starts the loader of a later epoch after this hook)."""
+        sampler = self._sampler(trainer)
+        if sampler is not None:
             sampler.set_epoch(trainer.current_epoch)
 
-
-def _batch_samplers(trainer: L.Trainer) -> list[Any]:
-    loaders = trainer.train_dataloader
-    loaders = loaders if isinstance(loaders, list | tuple) else [loaders]
-    samplers = [getattr(loader, "batch_sampler", None) for loader in loaders]
-    return [s for s in samplers if hasattr(s, "set_epoch") and hasattr(s, "start_batch")]
+    @staticmethod
+    def _sampler(trainer: L.Trainer) -> Any | None:
+        return getattr(getattr(trainer, "datamodule", None), "train_sampler", None)
 
 
 class MetricRows(L.Callback):

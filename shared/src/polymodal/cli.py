@@ -37,6 +37,8 @@ def command(
     example: str = "",
     presets: str | None = None,
     choices: Mapping[str, Mapping[str, str]] | None = None,
+    default_presets: Mapping[str, str] | None = None,
+    aliases: Mapping[str, str] | None = None,
     list_methods: Callable[[], str] | None = None,
     argv: Sequence[str] | None = None,
 ) -> int:
@@ -50,6 +52,8 @@ def command(
         presets: import path of the package whose ``configs/`` folder holds YAML presets.
         choices: class-typed options: option name -> short name -> dotted class path, so that ``--data NAME`` works
             next to ``--data.root DIR``.
+        default_presets: preset used without ``--config``, by the name given to ``--data`` (``""``: without one).
+        aliases: short option -> dotted option, e.g. ``{"fusion": "model.fusion"}``.
         list_methods: makes the text of ``--list-methods``.
         argv: arguments without the program's name; ``sys.argv[1:]`` by default.
 
@@ -58,7 +62,7 @@ def command(
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
-    arguments = [a for a in arguments if a != "--debug"]
+    arguments = [_spell(a, aliases or {}) for a in arguments if a != "--debug"]
 
     def run() -> None:
         if any(a in ("--list-methods", "--list_methods") for a in arguments) and list_methods is not None:
@@ -67,7 +71,8 @@ def command(
         if any(a in ("-h", "--help") for a in arguments):
             sys.stdout.write(help_text(config_class, prog, example, presets, choices or {}, arguments))
             return
-        config = parse_config(config_class, arguments, prog=prog, presets=presets, choices=choices)
+        chosen = _with_default_preset(arguments, default_presets or {}, prog)
+        config = parse_config(config_class, chosen, prog=prog, presets=presets, choices=choices)
         if config is None:
             return
         threads = getattr(config, "threads", None) or 1
@@ -148,7 +153,7 @@ def parse_config(
     import jsonargparse
 
     choices = choices or {}
-    arguments = [_with_underscores(a) for a in arguments]
+    arguments = [_spell(a, {}) for a in arguments]
     arguments = _expand(arguments, presets, choices)
     print_config = [a for a in arguments if a.startswith("--print_config")]
     arguments = [a for a in arguments if a not in print_config]
@@ -177,11 +182,35 @@ def _one_line(error: Exception) -> str:
     return text.removeprefix("error: ")
 
 
-def _with_underscores(argument: str) -> str:
+def _spell(argument: str, aliases: Mapping[str, str]) -> str:
+    """Underscores for dashes in an option's name, long names for aliases."""
     if not argument.startswith("--"):
         return argument
-    name, eq, value = argument.partition("=")
-    return "--" + name[2:].replace("-", "_") + eq + value
+    name, eq, value = argument[2:].partition("=")
+    name = name.replace("-", "_")
+    return "--" + aliases.get(name, name) + eq + value
+
+
+def _with_default_preset(arguments: list[str], presets: Mapping[str, str], prog: str) -> list[str]:
+    """Put the preset of the chosen data in front, unless a configuration was named."""
+    if not presets or any(a == "--config" or a.startswith("--config=") for a in arguments):
+        return arguments
+    data = _value_of("data", arguments)
+    preset = presets.get(data)
+    if preset is None:
+        return arguments
+    if not any(a.startswith("--print_config") for a in arguments):
+        sys.stderr.write(f"{prog}: preset {preset} (another one: --config NAME)\n")
+    return ["--config", preset, *arguments]
+
+
+def _value_of(key: str, arguments: Sequence[str]) -> str:
+    for index, argument in enumerate(arguments):
+        if argument.startswith(f"--{key}="):
+            return argument.partition("=")[2]
+        if argument == f"--{key}" and index + 1 < len(arguments):
+            return arguments[index + 1]
+    return ""
 
 
 def _expand(arguments: list[str], presets: str | None, choices: Mapping[str, Mapping[str, str]]) -> list[str]:
@@ -284,22 +313,19 @@ def help_text(
             groups += _rows(cls, item.name + ".")
         elif dataclasses.is_dataclass(hint):
             title = (hint.__doc__ or "").strip().split("\n")[0]
-            groups += ["", f"{item.name}: {title}"] + _rows(typing.cast(type, hint), item.name + ".")
+            groups += ["", f"{item.name}: {title}", *_rows(typing.cast(type, hint), item.name + ".")]
         else:
             lines.append(_row(*_option(item, hint, documentation, "")))
     return "\n".join(lines + groups) + "\n"
 
 
 def _chosen(key: str, arguments: Sequence[str], choices: Mapping[str, Mapping[str, str]]) -> type[Any] | None:
-    for index, argument in enumerate(arguments):
-        value = argument.partition("=")[2] if argument.startswith(f"--{key}=") else ""
-        if argument == f"--{key}" and index + 1 < len(arguments):
-            value = arguments[index + 1]
-        if value:
-            module, _, name = _class_path(value, key, choices[key]).rpartition(".")
-            loaded: type[Any] = getattr(importlib.import_module(module), name)
-            return loaded
-    return None
+    value = _value_of(key, arguments)
+    if not value:
+        return None
+    module, _, name = _class_path(value, key, choices[key]).rpartition(".")
+    loaded: type[Any] = getattr(importlib.import_module(module), name)
+    return loaded
 
 
 def _rows(cls: type[Any], prefix: str) -> list[str]:

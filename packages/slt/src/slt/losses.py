@@ -123,8 +123,8 @@ class _Encoded:
         return self.question_mask.any(1)
 
 
-def _encode(model: SLTModel, batch: Batch, questions: bool = True) -> _Encoded:
-    sign, sign_mask = model.encode_video(batch.frames, batch.lengths)
+def _encode(model: SLTModel, batch: Batch, questions: bool = True, video: bool = True) -> _Encoded:
+    sign, sign_mask = model.encode_video(batch.frames, batch.lengths) if video else model.no_video(batch)
     ids, mask = model.cut_question(batch.question_ids, batch.question_mask)
     if not questions:
         ids, mask = ids[:, :0], mask[:, :0]
@@ -212,7 +212,7 @@ def stage2_loss(model: SLTModel, batch: Batch, config: LossConfig, step: int) ->
 
     Source: arXiv 2509.14036, our reading, section 3.7; the triplet loss is GBT's, section 5.
     """
-    encoded = _encode(model, batch)
+    encoded = _encode(model, batch, video=model.uses_video or bool(config.lambda_c or config.lambda_triplet))
     tokens, mask, _ = model.fuse(encoded.question, encoded.question_mask, encoded.sign, encoded.sign_mask)
     decoder_input, labels, label_mask = split_target(batch.sentence_ids, batch.sentence_mask)
     logits = model.translate_logits(tokens, mask, decoder_input)

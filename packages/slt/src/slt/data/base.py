@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -114,7 +114,8 @@ class SLTData:
         """
         if split not in SPLITS:
             raise UserError(f"split {split!r}; expected one of {', '.join(SPLITS)}")
-        if split not in self._items:
+        known: dict[str, list[Item]] = self.__dict__.setdefault("_items", {})
+        if split not in known:
             self.prepare()
             items = self.read_split(split)
             seen: set[str] = set()
@@ -126,8 +127,8 @@ class SLTData:
                     raise UserError(
                         f"{self.name} {split}: video {item.id} has an empty sentence; remove it or fill it in"
                     )
-            self._items[split] = self._finish(split, items)
-        return self._items[split]
+            known[split] = self._finish(split, items)
+        return known[split]
 
     def _finish(self, split: str, items: list[Item]) -> list[Item]:
         questions = self._read_questions(split, {item.id: item.sentence for item in items})

@@ -70,6 +70,7 @@ class SLTModel(nn.Module):
         self.vocab = vocab
         self.visual = VisualEncoder(config)
         self.text_encoder = build_text_encoder(config, vocab)
+        self.uses_video = "video" in FUSIONS.info(config.fusion).tags
         self.fusion = FUSIONS.create(config.fusion, config.width, config.heads, **config.fusion_options)
         self.translator = build_translator(config, vocab)
         self.cls_token = nn.Parameter(torch.randn(config.width) * (config.position_std or config.init_std))
@@ -95,6 +96,11 @@ class SLTModel(nn.Module):
         """
         tokens, mask = self.visual(frames, lengths)
         return tokens, mask
+
+    def no_video(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """No visual tokens, (batch, 0, d): for a fusion that would not look at them."""
+        rows = batch.lengths.shape[0]
+        return self.cls_token.new_zeros(rows, 0, self.config.width), batch.lengths.new_zeros(rows, 0, dtype=torch.bool)
 
     def encode_text(self, ids: Tensor, mask: Tensor) -> Tensor:
         """States of the text encoder.
@@ -225,7 +231,7 @@ class SLTModel(nn.Module):
     def fuse_batch(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
         """Fused tokens, mask and weights of a batch: text encoder, visual encoder and fusion in one call."""
         ids, mask = self.cut_question(batch.question_ids, batch.question_mask)
-        sign, sign_mask = self.encode_video(batch.frames, batch.lengths)
+        sign, sign_mask = self.encode_video(batch.frames, batch.lengths) if self.uses_video else self.no_video(batch)
         return self.fuse(self.encode_text(ids, mask), mask, sign, sign_mask)
 
     def cut_question(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -230,19 +230,20 @@ class VisualEncoder(nn.Module):
 
 
 def _tiny_network() -> nn.Module:
+    # ReLU after max pooling gives the values of ReLU before it at a quarter of the cost.
     return nn.Sequential(
         nn.Conv2d(3, 8, 5, padding=2),
         nn.BatchNorm2d(8),
-        nn.ReLU(),
         nn.MaxPool2d(2),
+        nn.ReLU(),
         nn.Conv2d(8, 16, 3, padding=1),
         nn.BatchNorm2d(16),
-        nn.ReLU(),
         nn.MaxPool2d(2),
+        nn.ReLU(),
         nn.Conv2d(16, 32, 3, padding=1),
         nn.BatchNorm2d(32),
-        nn.ReLU(),
         nn.AdaptiveMaxPool2d(1),
+        nn.ReLU(),
     )
 
 

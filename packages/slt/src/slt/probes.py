@@ -1,0 +1,141 @@
+"""Predictions that an audit needs: the model with other questions, without one, and a model without the video."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import TYPE_CHECKING, Any
+
+from polymodal.seeding import numpy_rng
+
+from slt.audit import AuditReport, audit_report
+
+if TYPE_CHECKING:
+    from polymodal.run import Run
+
+    from slt.data.datamodule import SLTDataModule
+    from slt.module import SLTModule
+    from slt.settings import SLTConfig
+    from slt.tokenizer import Tokenizer
+
+__all__ = ["audit_run", "predict", "question_only_predictions", "shuffled_questions"]
+
+log = logging.getLogger(__name__)
+
+
+def shuffled_questions(questions: list[str], seed: int) -> list[str]:
+    """Each question replaced by another item's: a random cyclic order, so that no item keeps its own place.
+
+    Args:
+        questions: N questions.
+        seed: root seed.
+
+    Returns:
+        N questions; with N = 1 the same one.
+    """
+    order = numpy_rng(seed, "shuffled questions").permutation(len(questions))
+    result = list(questions)
+    for position, index in enumerate(order):
+        result[int(index)] = questions[int(order[(position + 1) % len(order)])]
+    return result
+
+
+def predict(module: SLTModule, data: SLTDataModule, questions: dict[str, str] | None = None) -> dict[str, str]:
+    """Translations of the test split by id, with other questions where given."""
+    import torch
+
+    module.eval()
+    found: dict[str, str] = {}
+    with torch.inference_mode():
+        for batch in data.test_batches(questions):
+            texts = module.translate(batch.to(module.device))
+            found.update(zip(batch.ids, texts, strict=True))
+    return found
+
+
+def question_only_predictions(config: SLTConfig, run: Run, tokenizer: Tokenizer) -> dict[str, str]:
+    """Train a model that sees questions only, with the settings of stage 2, and translate the test split.
+
+    Frames are neither decoded nor encoded. No checkpoint is kept: a run killed here trains the probe again.
+    """
+    import lightning as L
+
+    from slt.data.datamodule import SLTDataModule
+    from slt.train import build_module
+
+    loader = dataclasses.replace(config.loader, question_dropout=0.0)
+    data = SLTDataModule(config.data, tokenizer, loader, seed=config.seed, load_frames=False)
+    loss = dataclasses.replace(config.loss, lambda_q=0.0, lambda_c=0.0, lambda_triplet=0.0)
+    module = build_module(dataclasses.replace(config, loss=loss), tokenizer, stage=2, fusion="question_only")
+    settings = config.trainer
+    trainer = L.Trainer(
+        accelerator=settings.accelerator,
+        devices=1,
+        precision=settings.precision,
+        max_epochs=settings.max_epochs,
+        max_steps=settings.max_steps,
+        gradient_clip_val=settings.clip_grad or None,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        default_root_dir=run.folder,
+    )
+    log.info("training the question-only probe")
+    trainer.fit(module, datamodule=data)
+    return predict(module, data)
+
+
+def audit_run(
+    config: SLTConfig, run: Run, module: SLTModule, data: SLTDataModule, tokenizer: Tokenizer
+) -> AuditReport:
+    """Score the tested model next to its probes; writes ``audit.json``, ``audit.md`` and the table of samples."""
+    from polymodal.files import write_json, write_text
+
+    items = config.data.items("test")
+    ids = [item.id for item in items]
+    questions = {item.id: item.question for item in items}
+    model = {name: record["hypothesis"] for name, record in module.records.items()}
+    found: dict[str, dict[str, str]] = {config.model.fusion: model}
+    if any(questions.values()):
+        if config.model.fusion not in ("none", "question_only"):
+            other = shuffled_questions(list(questions.values()), config.seed)
+            found["shuffled_question"] = predict(module, data, dict(zip(ids, other, strict=True)))
+            found["empty_question"] = predict(module, data, dict.fromkeys(ids, ""))
+        if config.audit.question_only and config.model.fusion != "question_only":
+            found["question_only"] = question_only_predictions(config, run, tokenizer)
+    report = audit_report(
+        [item.sentence for item in items],
+        list(questions.values()),
+        {name: [texts[i] for i in ids] for name, texts in found.items()},
+        config.data.items("train"),
+        config.data.level,
+        model=config.model.fusion,
+        lowercase=config.data.lowercase,
+        append_period=config.data.append_period,
+    )
+    write_json(run.folder / "audit.json", report.to_dict())
+    write_text(run.folder / "audit.md", report.to_markdown())
+    write_predictions(run, items, found)
+    rows: list[list[Any]] = [
+        [item.id, item.question, item.sentence, model[item.id], found.get("shuffled_question", {}).get(item.id, "")]
+        for item in items[: config.audit.samples]
+    ]
+    run.log_table("test/translations", ["id", "question", "reference", "translation", "with another question"], rows)
+    return report
+
+
+def write_predictions(run: Run, items: list[Any], found: dict[str, dict[str, str]]) -> None:
+    """``predictions/<name>.jsonl``: every translation, in the form that ``slt-eval --pred`` reads."""
+    import json
+
+    from polymodal.files import write_text
+
+    folder = run.folder / "predictions"
+    folder.mkdir(exist_ok=True)
+    for name, texts in found.items():
+        lines = [json.dumps({"video_id": i.id, "prediction": texts[i.id]}, ensure_ascii=False) for i in items]
+        write_text(folder / f"{name}.jsonl", "\n".join(lines) + "\n")

@@ -1,0 +1,250 @@
+"""``slt-train``: align (stage 1), translate (stage 2), test, audit, show translations."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from polymodal.cli import command
+from polymodal.errors import UserError
+
+from slt.data import READERS
+from slt.methods import FUSIONS
+from slt.settings import SLTConfig
+
+if TYPE_CHECKING:
+    from polymodal.run import Run
+
+    from slt.audit import AuditReport
+    from slt.data.datamodule import SLTDataModule
+    from slt.module import SLTModule
+    from slt.tokenizer import Tokenizer
+
+__all__ = ["build_module", "main", "make_tokenizer", "train"]
+
+EXAMPLE = """
+slt-train                                    # synthetic world, about two minutes
+slt-train --data phoenix2014t --data.root DIR/PHOENIX-2014-T
+slt-train --data csl_daily --data.root DIR --fusion concat --seed 1
+slt-train --resume runs/slt/RUN              # go on after Ctrl-C or a crash
+"""
+DEFAULT_PRESETS = {
+    "": "synthetic",
+    "synthetic": "synthetic",
+    "phoenix2014t": "phoenix2014t_qa",
+    "csl_daily": "csl_daily_qa",
+    "how2sign": "how2sign",
+    "poses": "poses",
+}
+
+
+def main() -> int:
+    """Entry point of ``slt-train``; returns the exit code."""
+    return command(
+        train,
+        SLTConfig,
+        prog="slt-train",
+        example=EXAMPLE,
+        presets="slt",
+        choices={"data": READERS},
+        default_presets=DEFAULT_PRESETS,
+        aliases={"fusion": "model.fusion", "epochs": "trainer.max_epochs"},
+        list_methods=list_methods,
+    )
+
+
+def list_methods() -> str:
+    """Fusions with paper and fidelity, one line each."""
+    width = max(len(row.name) for row in FUSIONS)
+    return "\n".join(f"{row.name:<{width}}  {row.fidelity:<14}  {row.summary}  [{row.paper}]" for row in FUSIONS)
+
+
+def make_tokenizer(config: SLTConfig) -> Tokenizer:
+    """Tokenizer that the configuration asks for, built from the training split where it has no file.
+
+    Raises:
+        UserError: kind ``pretrained`` without a path, or an unreadable folder.
+    """
+    from slt.tokenizer import Tokenizer
+
+    settings, data = config.tokenizer, config.data
+    kind = settings.kind
+    if kind == "auto":
+        kind = "pretrained" if settings.path else data.level
+    if kind == "pretrained":
+        if settings.path is None:
+            raise UserError("tokenizer.kind=pretrained needs --tokenizer.path DIR, the folder of an mBART tokenizer")
+        return Tokenizer.from_pretrained(settings.path, data.language)
+    texts = [text for item in data.items("train") for text in (item.sentence, item.question) if text]
+    return Tokenizer.build(kind, texts, data.language, settings.min_count)
+
+
+def longest_target(config: SLTConfig, tokenizer: Tokenizer) -> int:
+    """Cap of generated tokens: as set, else 1.5 times the longest training target."""
+    if config.decode.max_new_tokens:
+        return config.decode.max_new_tokens
+    longest = max(len(tokenizer.encode(item.sentence)) for item in config.data.items("train"))
+    return min(config.model.max_positions, -(-3 * longest // 2))
+
+
+def build_module(config: SLTConfig, tokenizer: Tokenizer, stage: int, fusion: str | None = None) -> SLTModule:
+    """The module of a stage; ``fusion`` replaces the configured one (the question-only probe)."""
+    import dataclasses
+
+    from slt.module import SLTModule
+
+    model = config.model
+    if config.data.modality == "pose" and model.backbone == "pose":
+        model = dataclasses.replace(model, pose_landmarks=config.data.landmarks)
+    if fusion is not None and fusion != model.fusion:
+        model = dataclasses.replace(model, fusion=fusion, fusion_options={})
+    return SLTModule(
+        model,
+        config.loss,
+        config.optim1 if stage == 1 else config.optim,
+        tokenizer,
+        stage=stage,
+        level=config.data.level,
+        decode=config.decode,
+        max_new_tokens=longest_target(config, tokenizer),
+        seed=config.seed,
+    )
+
+
+def train(config: SLTConfig) -> None:
+    """Run the stages of the configuration and print the result.
+
+    Raises:
+        UserError: bad data, options or checkpoint.
+    """
+    from polymodal.run import Run
+    from polymodal.seeding import set_threads
+
+    set_threads(config.threads)
+    config.data.check()
+    tokenizer = make_tokenizer(config)
+    info = FUSIONS.info(config.model.fusion)
+    if config.dry_run:
+        sys.stdout.write(plan(config, tokenizer) + "\n")
+        return
+    module = build_module(config, tokenizer, stage=1 if config.stage == "1" else 2)
+    with Run.start(
+        "slt",
+        config,
+        name=f"{config.data.name}-{info.name}",
+        method=info.name,
+        fidelity=info.fidelity,
+        data=config.data.describe(),
+    ) as run:
+        tokenizer.save(run.folder / "tokenizer")
+        metrics, report = run_stages(config, run, module, tokenizer)
+        run.finish(metrics)
+    show(run, metrics, report)
+
+
+def plan(config: SLTConfig, tokenizer: Tokenizer) -> str:
+    """What would be trained, for ``--dry-run``."""
+    module = build_module(config, tokenizer, 1 if config.stage == "1" else 2)
+    count = sum(p.numel() for p in module.parameters())
+    sizes = config.data.describe()["splits"]
+    lines = [f"data       {config.data.name}: " + ", ".join(f"{k} {v['videos']} videos" for k, v in sizes.items())]
+    lines += [f"questions  {sum(v['questions'] for v in sizes.values())} of {sum(v['videos'] for v in sizes.values())}"]
+    lines += [f"vocabulary {tokenizer.vocab_size} ({tokenizer.kind})", f"model      {count:,} parameters"]
+    lines += [f"fusion     {config.model.fusion} {config.model.fusion_options or ''}".rstrip()]
+    epochs = f"{config.stage1_epochs} + {config.trainer.max_epochs}" if config.stage == "both" else (
+        str(config.stage1_epochs if config.stage == "1" else config.trainer.max_epochs)
+    )
+    return "\n".join([*lines, f"stages     {config.stage}, epochs {epochs}", "nothing was trained (dry run)"])
+
+
+def run_stages(
+    config: SLTConfig, run: Run, module: SLTModule, tokenizer: Tokenizer
+) -> tuple[dict[str, float], AuditReport | None]:
+    """Stage 1, weight transfer, stage 2, test, audit; each resumes from the run's checkpoint."""
+    import dataclasses
+
+    from polymodal.trainer import fit, fit_and_test, load_best, stage_of_checkpoint
+
+    from slt.data.datamodule import SLTDataModule
+    from slt.losses import transfer_stage1
+    from slt.metrics import signatures
+
+    data = SLTDataModule(config.data, tokenizer, config.loader, seed=config.seed)
+    resumed_stage = stage_of_checkpoint(run)
+    offset = 0
+    if config.stage in ("1", "both"):
+        stage1 = module if config.stage == "1" else build_module(config, tokenizer, stage=1)
+        trainer_config = dataclasses.replace(config.trainer, max_epochs=config.stage1_epochs)
+        offset = config.stage1_epochs * steps_per_epoch(data, config)
+        if resumed_stage != 2:
+            fit(stage1, data, trainer_config, run, monitor="val/loss", mode="min", stage=1)
+            load_best(stage1, run)
+            if config.stage == "1":
+                return {**stage1.last_metrics}, None
+            transfer_stage1(module.model, stage1.model.state_dict())
+    elif config.stage1_checkpoint is not None and resumed_stage is None:
+        load_stage1(module, config.stage1_checkpoint)
+    run.note(metric_signatures={
+        f"test/{k}": v
+        for k, v in signatures(config.data.level, config.data.lowercase, config.data.append_period).items()
+    })
+    metrics = fit_and_test(module, data, config.trainer, run, monitor="val/bleu4", stage=2, step_offset=offset)
+    report = None
+    if config.audit.enabled:
+        from slt.probes import audit_run
+
+        report = audit_run(config, run, module, data, tokenizer)
+        metrics |= {f"test/{row.name}/bleu4": row.scores["bleu4"] for row in report.rows if row.name != report.model}
+        metrics |= {"test/overlap": report.overlap.rate}
+    return metrics, report
+
+
+def steps_per_epoch(data: SLTDataModule, config: SLTConfig) -> int:
+    """Optimizer steps of one pass over the training data."""
+    data.setup("fit")
+    return -(-len(data.train_sampler) // config.trainer.accumulate)
+
+
+def load_stage1(module: SLTModule, path: Path) -> None:
+    """Strict weight transfer from a stage-1 run folder or checkpoint file.
+
+    Raises:
+        UserError: no such file, another vocabulary, or weights that do not fit.
+    """
+    from polymodal.callbacks import load_checkpoint
+
+    from slt.losses import transfer_stage1
+    from slt.module import check_vocabulary
+
+    file = path / "checkpoints" / "best.ckpt" if path.is_dir() else path
+    checkpoint = load_checkpoint(file)
+    check_vocabulary(checkpoint, module.tokenizer, str(file))
+    transfer_stage1(module.model, checkpoint["state_dict"])
+
+
+def show(run: Run, metrics: dict[str, float], report: AuditReport | None) -> None:
+    """The closing table, the run folder, the command that shows more, the W&B upload command."""
+    if report is not None:
+        sys.stdout.write("\n" + report.to_text())
+    else:
+        sys.stdout.write("\n" + "\n".join(f"{k:<24} {v:.3f}" for k, v in metrics.items()) + "\n")
+    sys.stdout.write(samples_text(run))
+    sys.stdout.write(f"\nrun folder  {run.folder}\nmore        polymodal report {run.folder} --html\n")
+    if run.sync_command:
+        sys.stdout.write(f"upload      {run.sync_command}\n")
+
+
+def samples_text(run: Run) -> str:
+    """Translations of the sample table, for the terminal."""
+    import json
+
+    path = run.folder / "samples" / "test-translations.jsonl"
+    if not path.is_file():
+        return ""
+    rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [""]
+    for row in rows[:4]:
+        lines += [f"  question    {row['question'] or '(none)'}", f"  reference   {row['reference']}"]
+        lines += [f"  translation {row['translation']}", ""]
+    return "\n".join(lines[:-1]) + "\n"
