@@ -63,8 +63,6 @@ class ModelConfig:
     """standard deviation of initial position tables (empty: init_std)"""
     max_positions: int = 1024
     """longest token sequence of any encoder or decoder"""
-    max_question_tokens: int = 64
-    """questions are cut to so many tokens; end and language tag are kept"""
     fusion: str = "ssaw"
     """how question and sign tokens meet: ssaw, concat, none, question_only, cross_attention"""
     fusion_options: dict[str, Any] = field(default_factory=dict)

@@ -90,8 +90,6 @@ def _restoration(model: SLTModel, batch: Batch, config: LossConfig, kinds: tuple
         "question": (batch.masked_question_ids, batch.masked_question_mask),
         "sentence": (batch.masked_sentence_ids, batch.masked_sentence_mask),
     }
-    clean["question"] = model.cut_question(*clean["question"])
-    masked["question"] = model.cut_question(*masked["question"])
     kinds = tuple(kind for kind in kinds if clean[kind][0].shape[1] > 0)
     if not kinds:
         return {}
@@ -125,7 +123,7 @@ class _Encoded:
 
 def _encode(model: SLTModel, batch: Batch, questions: bool = True, video: bool = True) -> _Encoded:
     sign, sign_mask = model.encode_video(batch.frames, batch.lengths) if video else model.no_video(batch)
-    ids, mask = model.cut_question(batch.question_ids, batch.question_mask)
+    ids, mask = batch.question_ids, batch.question_mask
     if not questions:
         ids, mask = ids[:, :0], mask[:, :0]
     return _Encoded(model.encode_text(ids, mask), mask, sign, sign_mask)

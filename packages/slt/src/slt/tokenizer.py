@@ -16,7 +16,7 @@ from slt.config import VocabInfo
 if TYPE_CHECKING:
     import tokenizers
 
-__all__ = ["MASK", "Tokenizer"]
+__all__ = ["MASK", "Tokenizer", "read_backend", "trim_vocabulary"]
 
 MASK = "<mask>"
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
@@ -260,3 +260,89 @@ def read_backend(folder: str | Path) -> tokenizers.Tokenizer:
     except Exception as error:  # the library raises bare Exception for a malformed file
         raise UserError(f"cannot read the tokenizer in {folder}: {str(error).splitlines()[0]}") from error
     raise UserError(f"no tokenizer.json or sentencepiece.bpe.model in {folder}; give the folder of an mBART checkpoint")
+
+
+def trim_vocabulary(model_dir: str | Path, texts: Iterable[str], out: str | Path, language: str) -> Tokenizer:
+    """Cut an mBART checkpoint down to the pieces that some texts use.
+
+    Special tokens and language tags stay. The best segmentation of each text under the full vocabulary uses kept
+    pieces only, so that it stays the best one; other words are spelled with the pieces that are left.
+
+    Writes into ``out``: ``tokenizer.json`` and the file about it, ``config.json``, ``model.safetensors`` (embedding
+    matrices cut, everything else as it was) and ``vocabulary.safetensors`` with ``kept_ids``: old id of each new id.
+
+    Args:
+        model_dir: folder of an mBART checkpoint.
+        texts: questions and sentences of the training split.
+        out: folder to write; it must not hold a checkpoint yet.
+        language: language tag of the texts, e.g. ``de_DE``.
+
+    Returns:
+        The trimmed tokenizer.
+
+    Raises:
+        UserError: no mBART checkpoint, another kind of tokenizer, or ``out`` is taken.
+    """
+    import tokenizers
+
+    out = Path(out)
+    if (out / "model.safetensors").exists():
+        raise UserError(f"{out} already holds a checkpoint; choose another folder")
+    full = Tokenizer.from_pretrained(model_dir, language)
+    spec = json.loads(full.backend.to_str())
+    if spec["model"].get("type") != "Unigram":
+        raise UserError(f"{model_dir} has a {spec['model'].get('type')} tokenizer; trimming needs mBART's Unigram")
+    used = set(full.special_ids)
+    for text in texts:
+        used.update(full.encode(text))
+    kept = sorted(used)
+    new_id = {old: new for new, old in enumerate(kept)}
+    vocabulary = spec["model"]["vocab"]
+    spec["model"]["vocab"] = [vocabulary[old] for old in kept if old < len(vocabulary)]
+    spec["model"]["unk_id"] = new_id[full.unk_id]
+    spec["added_tokens"] = [
+        {**token, "id": new_id[token["id"]]} for token in spec["added_tokens"] if token["id"] in used
+    ]
+    spec["post_processor"] = None  # it holds old ids; end and tag are appended by Tokenizer
+    trimmed = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(spec)), "pretrained", language)
+    _trim_weights(Path(model_dir), out, kept, trimmed)
+    trimmed.save(out)
+    return trimmed
+
+
+def _trim_weights(model_dir: Path, out: Path, kept: list[int], trimmed: Tokenizer) -> None:
+    """Write config and weights with the rows ``kept`` of every matrix over the vocabulary."""
+    import torch
+    from safetensors.torch import save_file
+
+    from slt.models.weights import load_folder, read_config
+
+    config = read_config(model_dir)
+    rows = torch.tensor(kept)
+    tensors = {}
+    for name, value in load_folder(model_dir).items():
+        if name.endswith(("shared.weight", "embed_tokens.weight", "lm_head.weight")):
+            value = _take(value, rows, 0, name)
+        elif name.endswith("final_logits_bias"):
+            value = _take(value, rows, 1, name)
+        tensors[name] = value.clone().contiguous()
+    config |= {
+        "vocab_size": len(kept),
+        "pad_token_id": trimmed.pad_id,
+        "eos_token_id": trimmed.eos_id,
+        "bos_token_id": trimmed.backend.token_to_id("<s>"),
+        "decoder_start_token_id": trimmed.tag_id(trimmed.language),
+        "forced_eos_token_id": trimmed.eos_id,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    save_file({"kept_ids": rows}, out / "vocabulary.safetensors")
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+
+
+def _take(value: Any, rows: Any, dim: int, name: str) -> Any:
+    if int(rows.max()) >= value.shape[dim]:
+        raise UserError(
+            f"{name} has {value.shape[dim]} rows but the tokenizer needs {int(rows.max()) + 1}; mixed folders?"
+        )
+    return value.index_select(dim, rows)

@@ -150,7 +150,7 @@ def load_text_encoder(encoder: MBartEncoder, config: ModelConfig) -> None:
         if name.startswith("encoder."):
             tensors[name.removeprefix("encoder.")] = value
         elif name == "shared.weight":
-            tensors.setdefault("embed_tokens.weight", value)
+            tensors["embed_tokens.weight"] = value
     _load(encoder, tensors, folder)
 
 
@@ -168,11 +168,10 @@ def load_translator(model: MBartForConditionalGeneration, config: ModelConfig, k
     folder = str(config.pretrained_translator)
     found = _checked_folder(folder, TRANSLATOR_SETTINGS, config)
     tensors = {"model." + name.removeprefix("model."): value for name, value in found.items()}
-    for name in ("lm_head.weight", "final_logits_bias"):
-        tensors[name] = tensors.pop(f"model.{name}", None)
-    shared = model.model.shared.weight.detach() if keep_embeddings else tensors.get("model.shared.weight")
-    tied = ("model.shared.weight", "model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight")
-    tensors |= dict.fromkeys((*tied, "lm_head.weight"), shared)
-    if keep_embeddings or tensors["final_logits_bias"] is None:
-        tensors["final_logits_bias"] = torch.zeros_like(model.final_logits_bias)
-    _load(model, {name: value for name, value in tensors.items() if value is not None}, folder)
+    bias = tensors.pop("model.final_logits_bias", torch.zeros_like(model.final_logits_bias))
+    tensors["final_logits_bias"] = torch.zeros_like(model.final_logits_bias) if keep_embeddings else bias
+    names = ("model.shared.weight", "model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight")
+    shared = [model.model.shared.weight.detach()] if keep_embeddings else [tensors[n] for n in names if n in tensors]
+    if shared:
+        tensors |= dict.fromkeys((*names, "lm_head.weight"), shared[0])
+    _load(model, tensors, folder)

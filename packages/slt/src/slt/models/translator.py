@@ -230,20 +230,9 @@ class SLTModel(nn.Module):
 
     def fuse_batch(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
         """Fused tokens, mask and weights of a batch: text encoder, visual encoder and fusion in one call."""
-        ids, mask = self.cut_question(batch.question_ids, batch.question_mask)
         sign, sign_mask = self.encode_video(batch.frames, batch.lengths) if self.uses_video else self.no_video(batch)
-        return self.fuse(self.encode_text(ids, mask), mask, sign, sign_mask)
-
-    def cut_question(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Cut questions at the right to ``max_question_tokens``, keeping the end and the tag of each row."""
-        limit = self.config.max_question_tokens
-        if ids.shape[1] <= limit:
-            return ids, mask
-        lengths = mask.sum(1, keepdim=True)
-        places = torch.arange(limit, device=ids.device)[None].expand(ids.shape[0], -1)
-        tail = places >= limit - 2
-        places = torch.where(tail & (lengths > limit), places + lengths - limit, places)
-        return ids.gather(1, places), mask.gather(1, places)
+        question = self.encode_text(batch.question_ids, batch.question_mask)
+        return self.fuse(question, batch.question_mask, sign, sign_mask)
 
     @torch.no_grad()
     def generate(
@@ -262,8 +251,11 @@ class SLTModel(nn.Module):
 
         Raises:
             UserError: ``max_new_tokens`` does not fit the position table.
+            RuntimeError: the model is in training mode.
         """
         check_positions(max_new_tokens, self.config, "generated text (max_new_tokens)")
+        if self.training:
+            raise RuntimeError("generate() in training mode would apply dropout; call model.eval() first")
         tokens, mask, _ = self.fuse_batch(batch)
         states, mask = self.encode_fused(tokens, mask)
         return generate(
