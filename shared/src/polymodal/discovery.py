@@ -118,7 +118,8 @@ def _block(package: Package) -> str:
         width = max((len(m.name) for m in methods), default=0)
         for method in methods:
             lines.append(f"    {method.name:<{width}}  {method.fidelity:<14}  {method.paper}")
-            lines.append(textwrap.indent(textwrap.fill(method.summary, 110 - width), " " * (width + 6)))
+            summary = textwrap.fill(method.summary, 110 - width, break_on_hyphens=False)
+            lines.append(textwrap.indent(summary, " " * (width + 6)))
     if package.problem:
         lines.append(f"  broken: {package.problem}; `polymodal doctor` says more")
     elif not package.tables:

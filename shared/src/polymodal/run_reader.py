@@ -24,7 +24,7 @@ MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 """Step from one manifest version to the next: version -> function of the manifest. Version 1 is the first."""
 
 _MAX_JSON_BYTES = 64 * 2**20
-_NOT_SEARCHED = frozenset({"checkpoints", "wandb", "samples", "figures", "tensorboard"})
+_NOT_SEARCHED = frozenset({"checkpoints", "wandb", "samples", "figures", "tensorboard", "report"})
 _log = logging.getLogger(__name__)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from polymodal.errors import UserError
 from polymodal.stats import PairedDifference, Summary, paired_difference, summarise
 
-__all__ = ["Measured", "Row", "Table", "build_table", "decimals", "format_difference", "format_summary", "markdown"]
+__all__ = ["FORMATS", "Measured", "Row", "Table", "build_table", "format_difference", "format_summary", "markdown"]
 
 _PERCENT = ("bleu", "rouge", "chrf", "miou")
 
@@ -47,11 +47,15 @@ class Measured:
 
 @dataclass(frozen=True)
 class Row:
-    """One group: its seeds, a summary and the value by seed of each metric, the difference to the baseline group."""
+    """One group: its seeds, a summary and the value by seed of each metric, the difference to the baseline group.
+
+    ``sources`` names the run of each seed.
+    """
 
     group: str
     fidelity: str
     seeds: tuple[int, ...]
+    sources: tuple[str, ...]
     summaries: Mapping[str, Summary]
     values: Mapping[str, Mapping[int, float]]
     differences: Mapping[str, PairedDifference]
@@ -127,6 +131,7 @@ def build_table(
                 group=group,
                 fidelity=" / ".join(sorted({m.fidelity for m in by_seed.values() if m.fidelity})),
                 seeds=tuple(sorted(by_seed)),
+                sources=tuple(by_seed[seed].source for seed in sorted(by_seed)),
                 summaries={m: summarise(list(v.values())) for m, v in values[group].items() if v},
                 values=values[group],
                 differences=differences,
@@ -261,42 +266,45 @@ def _difference_cells(table: Table) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def to_markdown(table: Table) -> str:
-    """Heading, table, paired differences and notes as Markdown."""
-    parts = [f"### {table.title}"] if table.title else []
-    parts.append(markdown(*_cells(table)))
-    if table.against is not None and len(table.rows) > 1:
-        parts.append(f"Difference to `{table.against}`, paired by seed: mean [95 % t-interval].")
-        parts.append(markdown(*_difference_cells(table)))
-    if table.notes:
-        parts.append("\n".join(f"- {note}" for note in table.notes))
+def to_markdown(tables: Sequence[Table]) -> str:
+    """Heading, table, paired differences and notes of each table as Markdown."""
+    parts: list[str] = []
+    for table in tables:
+        parts += [f"### {table.title}"] if table.title else []
+        parts.append(markdown(*_cells(table)))
+        if table.against is not None and len(table.rows) > 1:
+            parts.append(f"Difference to `{table.against}`, paired by seed: mean [95 % t-interval].")
+            parts.append(markdown(*_difference_cells(table)))
+        if table.notes:
+            parts.append("\n".join(f"- {note}" for note in table.notes))
     return "\n\n".join(parts) + "\n"
 
 
-def to_csv(table: Table) -> str:
-    """One line a group and metric, full precision; the first line names the columns."""
+def to_csv(tables: Sequence[Table]) -> str:
+    """One line a table, group and metric, in full precision, below one header."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
-        ["table", table.by, "fidelity", "metric", "n", "mean", "sd", "against", "pairs", "difference", "low", "high"]
+        ["table", "group", "fidelity", "metric", "n", "mean", "sd", "against", "pairs", "difference", "low", "high"]
     )
-    for row in table.rows:
-        for metric in table.metrics:
-            summary, difference = row.summaries.get(metric), row.differences.get(metric)
-            if summary is None:
-                continue
-            cells = [table.title, row.group, row.fidelity, metric, summary.n, summary.mean, summary.sd]
-            if difference is not None:
-                cells += [table.against, difference.n, difference.mean, difference.low, difference.high]
-            writer.writerow(["" if c is None else c for c in cells + [None] * (12 - len(cells))])
+    for table in tables:
+        for row in table.rows:
+            for metric, summary in row.summaries.items():
+                cells = [table.title, row.group, row.fidelity, metric, summary.n, summary.mean, summary.sd]
+                difference = row.differences.get(metric)
+                if difference is not None:
+                    cells += [table.against, difference.n, difference.mean, difference.low, difference.high]
+                writer.writerow(["" if c is None else c for c in cells + [None] * (12 - len(cells))])
     return text.getvalue()
 
 
-def to_tex(table: Table) -> str:
-    """A ``tabular`` with booktabs rules; differences as a second one."""
-    parts = [_tabular(*_cells(table))]
-    if table.against is not None and len(table.rows) > 1:
-        parts.append(_tabular(*_difference_cells(table)))
+def to_tex(tables: Sequence[Table]) -> str:
+    """A ``tabular`` with booktabs rules for each table, and one for its differences."""
+    parts = []
+    for table in tables:
+        parts.append(_tabular(*_cells(table)))
+        if table.against is not None and len(table.rows) > 1:
+            parts.append(_tabular(*_difference_cells(table)))
     return "\n\n".join(parts) + "\n"
 
 
@@ -313,4 +321,4 @@ def _tex(text: str) -> str:
     return text.replace("±", r"$\pm$").replace("−", "$-$").replace("–", "--")
 
 
-FORMATS: dict[str, Callable[[Table], str]] = {"md": to_markdown, "csv": to_csv, "tex": to_tex}
+FORMATS: dict[str, Callable[[Sequence[Table]], str]] = {"md": to_markdown, "csv": to_csv, "tex": to_tex}
