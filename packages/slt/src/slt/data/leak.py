@@ -80,6 +80,7 @@ class LeakReport:
         shared: questions that other clips with another sentence have too (one question, several answers).
         rejected: (question, overlap) of the questions above the threshold, in file order.
         threshold: the largest overlap that passes.
+        language: language code that chose units and stop words.
     """
 
     split: str
@@ -90,6 +91,7 @@ class LeakReport:
     shared: int
     rejected: tuple[tuple[Question, float], ...]
     threshold: float
+    language: str
 
     @property
     def copy_rate(self) -> float:
@@ -126,10 +128,11 @@ def leak_report(split: str, questions: Iterable[Question], language: str, thresh
         shared=sum(len(answers[normalise(q.question)]) > 1 for q in asked),
         rejected=tuple((q, s) for q, s in zip(asked, shares, strict=True) if s > threshold + 1e-9),
         threshold=threshold,
+        language=language,
     )
 
 
-def check_leaks(path: Path, report: LeakReport, language: str) -> None:
+def check_leaks(path: Path, report: LeakReport) -> None:
     """Refuse a file with leaking questions.
 
     Raises:
@@ -138,7 +141,7 @@ def check_leaks(path: Path, report: LeakReport, language: str) -> None:
     if not report.rejected:
         return
     question, share = report.rejected[0]
-    both = content_tokens(question.sentence, language) & content_tokens(question.question, language)
+    both = content_tokens(question.sentence, report.language) & content_tokens(question.question, report.language)
     raise UserError(
         f"{path}:{question.line}: the question of {question.video_id!r} repeats {100 * share:.0f} % of the sentence's "
         f"content tokens ({', '.join(sorted(both)[:6])}); allowed are {100 * report.threshold:.0f} %; "
