@@ -79,11 +79,11 @@ def test_truncated_files(clip, decoder, tmp_path, keep):
 def test_garbage_inside_a_whole_container(decoder, tmp_path):
     path = tmp_path / "junk.mp4"
     path.write_bytes(box(b"ftyp", b"isom0000") + box(b"moov", b"\0" * 64))
-    with pytest.raises(UserError, match="junk.mp4.*(cannot be decoded|no frame)"):
+    with pytest.raises(UserError, match=r"junk\.mp4.*(cannot be decoded|no frame)"):
         video.load_video(path, [0])
     other = tmp_path / "junk.mkv"
     other.write_bytes(b"nothing to see")
-    with pytest.raises(UserError, match="junk.mkv cannot be decoded"):
+    with pytest.raises(UserError, match=r"junk\.mkv cannot be decoded"):
         video.count_video_frames(other)
 
 
@@ -110,7 +110,7 @@ def test_boxes_are_walked_without_a_decoder(tmp_path, data, whole):
 
 
 def test_missing_file_and_missing_decoder(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="none.mp4 is missing"):
+    with pytest.raises(UserError, match=r"none\.mp4 is missing"):
         video.load_video(tmp_path / "none.mp4", [0])
     monkeypatch.setitem(sys.modules, "torchcodec", None)
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
