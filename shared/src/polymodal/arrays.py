@@ -128,9 +128,9 @@ class ArrayCache:
         try:
             index = json.loads(index_path.read_text(encoding="utf-8"))
             self._check(index, data_path.stat().st_size)
+            self.meta: dict[str, Any] = index["meta"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"array cache: {index_path} is broken ({error}); remove the folder and build it") from error
-        self.meta: dict[str, Any] = index["meta"]
         self._arrays: dict[str, tuple[int, str, list[int]]] = index["arrays"]
         self._map: np.ndarray | None = None
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import lzma
 import pickle
 import re
 import tarfile
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -103,8 +105,9 @@ def safe_extract(archive: Path, folder: Path, max_bytes: int = 64 << 30) -> list
                 with opened:
                     _copy(opened, target, member.size, archive)
         return targets
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
-        raise UserError(f"archive {archive}: cannot be unpacked into {folder} ({error}); download it again") from error
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"archive {archive}: cannot be unpacked into {folder} ({reason}); download it again") from error
 
 
 def _plan(sizes: list[tuple[str, int]], archive: Path, folder: Path, max_bytes: int) -> list[Path]:

@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 from polymodal.data import LengthBucketBatchSampler
-from torch.utils.data import DataLoader
+from polymodal.loading import LazyLoader
 
 from slt.data.base import SPLITS, SLTData
 from slt.data.collate import Batch, Collate, Sample, TextEncoder
@@ -65,7 +65,7 @@ class SLTDataModule(L.LightningDataModule):
         self.collate = Collate(tokenizer, reader.level, max_question_tokens, max_positions)
         self.load_frames = load_frames
         self.train_sampler: LengthBucketBatchSampler | None = None
-        self._train_loader: DataLoader[Any] | None = None
+        self._train_loader: LazyLoader | None = None
         self._datasets: dict[tuple[str, bool], SLTDataset] = {}
         self._cache: bool | None = config.cache_frames
 
@@ -106,7 +106,7 @@ class SLTDataModule(L.LightningDataModule):
         _log.info("decoded clips need %.0f MiB; frame cache in memory is %s", need, "on" if cache else "off")
         return cache
 
-    def loader(self, split: str, train: bool = False) -> DataLoader[Any]:
+    def loader(self, split: str, train: bool = False) -> LazyLoader:
         """A loader of any split.
 
         Args:
@@ -130,7 +130,7 @@ class SLTDataModule(L.LightningDataModule):
             world_size=world,
         )
         workers = {"persistent_workers": train, "multiprocessing_context": _context()} if config.num_workers else {}
-        return DataLoader(
+        return LazyLoader(
             dataset,
             batch_sampler=sampler,
             collate_fn=self.collate,
@@ -139,15 +139,15 @@ class SLTDataModule(L.LightningDataModule):
             **workers,
         )
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def train_dataloader(self) -> LazyLoader:
         """Training batches; the loader that ``setup`` made."""
         return self._train_loader or self.loader("train", train=True)
 
-    def val_dataloader(self) -> DataLoader[Any]:
+    def val_dataloader(self) -> LazyLoader:
         """Dev batches."""
         return self.loader("dev")
 
-    def test_dataloader(self) -> DataLoader[Any]:
+    def test_dataloader(self) -> LazyLoader:
         """Test batches."""
         return self.loader("test")
 

@@ -1,0 +1,23 @@
+"""A DataLoader that starts drawing batches with the first one that is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+__all__ = ["LazyLoader"]
+
+
+class LazyLoader(DataLoader[Any]):
+    """``DataLoader`` whose workers start at the first ``next``, not at ``iter``.
+
+    Lightning makes the iterator before its ``on_train_start``, and worker processes begin to load at once. A batch
+    sampler that is pointed at the place of a resumed run in that hook would be too late: the workers would have been
+    given the first batches of epoch 0. Arguments are those of ``torch.utils.data.DataLoader``.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Batches of one epoch."""
+        yield from super().__iter__()
