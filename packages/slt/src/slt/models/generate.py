@@ -16,7 +16,7 @@ def generation_config(
     vocab: VocabInfo, num_beams: int, max_new_tokens: int, length_penalty: float = 1.0, use_cache: bool = True
 ) -> GenerationConfig:
     """Deterministic search that starts with the language tag and never writes a special token but the end."""
-    return GenerationConfig(
+    return GenerationConfig(  # type: ignore[no-untyped-call]
         num_beams=num_beams,
         do_sample=False,
         max_new_tokens=max_new_tokens,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from polymodal.errors import UserError
@@ -59,20 +59,22 @@ def pad_clips(rows: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
     """
     counts = torch.tensor(lengths, device=rows.device)
     mask = torch.arange(max(lengths), device=rows.device) < counts[:, None]
-    return nn.utils.rnn.pad_sequence(list(rows.split(list(lengths))), batch_first=True), mask
+    return nn.utils.rnn.pad_sequence(list(torch.split(rows, list(lengths))), batch_first=True), mask
 
 
 @contextmanager
 def _frozen_statistics(module: nn.Module) -> Iterator[None]:
     """Batch norms use batch statistics without recording them: a recomputed forward must not count a batch twice."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum = 0.0
+        norm.num_batches_tracked = norm.num_batches_tracked.clone() if norm.num_batches_tracked is not None else None
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, momentum, count in before:
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 class FrameCNN(nn.Module):
@@ -109,10 +111,14 @@ class FrameCNN(nn.Module):
             )
         if self.training:
             if self.recompute and torch.is_grad_enabled():
-                contexts = (lambda: (nullcontext(), _frozen_statistics(self.network))) if self.training else None
-                return checkpoint(self._encode, frames, use_reentrant=False, context_fn=contexts)
+
+                def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+                    return nullcontext(), _frozen_statistics(self.network)
+
+                features: Tensor = checkpoint(self._encode, frames, use_reentrant=False, context_fn=contexts)
+                return features
             return self._encode(frames)
-        return torch.cat([self._encode(part) for part in frames.split(self.frames_per_pass)])
+        return torch.cat([self._encode(part) for part in torch.split(frames, self.frames_per_pass)])
 
     def _encode(self, frames: Tensor) -> Tensor:
         frames = frames.contiguous(memory_format=torch.channels_last)
@@ -150,7 +156,7 @@ class PoseEncoder(nn.Module):
             raise UserError(
                 f"landmarks of shape {tuple(frames.shape)}; this model takes (N, {self.landmarks}, 4): x, y, z, valid"
             )
-        frames = frames.to(self.network[0].weight.dtype)
+        frames = frames.to(next(self.parameters()).dtype)
         valid = frames[..., 3:] > 0
         points = torch.where(valid, frames[..., :3], 0.0)
         features: Tensor = self.network(torch.cat([points, valid.to(points.dtype)], dim=-1).flatten(1))
