@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from polymodal import report_svg as svg
 from polymodal.compare import config_differences
 from polymodal.curves import average
-from polymodal.run_reader import RunRecord
+from polymodal.run_reader import RunRecord, Sheet
 from polymodal.tables import Row, Table, format_difference, format_summary
 
 if TYPE_CHECKING:
@@ -162,19 +162,21 @@ def _first_runs(report: TaskReport) -> list[tuple[str, RunRecord]]:
 def _samples(report: TaskReport) -> str:
     blocks: list[str] = []
     for group, record in _first_runs(report):
-        for name, rows in record.samples(_MAX_SAMPLES).items():
-            columns = list(dict.fromkeys(key for row in rows for key in row))
-            head = "".join(f"<th>{escape(c)}</th>" for c in columns)
-            body = "".join(
-                "<tr>" + "".join(f"<td>{escape(row.get(c, ''))}</td>" for c in columns) + "</tr>" for row in rows
-            )
-            opened = " open" if not blocks else ""
-            blocks.append(
-                f"<details{opened}><summary>{escape(group)}, seed {record.seed}: {escape(name)}</summary>"
-                f"<div class=scroll><table class=samples><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-                "</div></details>"
-            )
+        for sheet in record.sheets(_MAX_SAMPLES):
+            opened = " open" if group == next(iter(report.groups)) else ""
+            title = f"{escape(group)}, seed {record.seed}: {escape(sheet.name)}"
+            blocks.append(f"<details{opened}><summary>{title}</summary>{_sheet(sheet)}</details>")
     return f"<h3>Samples</h3>{''.join(blocks)}" if blocks else ""
+
+
+def _sheet(sheet: Sheet) -> str:
+    columns = list(dict.fromkeys(key for row in sheet.rows for key in row))
+    head = "".join(f"<th>{escape(c)}</th>" for c in columns)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(row.get(c, ''))}</td>" for c in columns) + "</tr>" for row in sheet.rows
+    )
+    text = "".join(f"<p class=hint>{_prose(line.strip('*# '))}</p>" for line in sheet.lines)
+    return f"<div class=scroll><table class=samples><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{text}"
 
 
 def _pictures(report: TaskReport) -> str:

@@ -18,7 +18,7 @@ import yaml
 from polymodal.errors import UserError
 from polymodal.run import SCHEMA_VERSION
 
-__all__ = ["MIGRATIONS", "Point", "RunRecord", "find_runs", "flatten", "read_run"]
+__all__ = ["MIGRATIONS", "Point", "RunRecord", "Sheet", "find_runs", "flatten", "read_run"]
 
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 """Step from one manifest version to the next: version -> function of the manifest. Version 1 is the first."""
@@ -47,6 +47,21 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[name] = value
     return flat
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table that a run left behind, and the lines that stand around it.
+
+    Args:
+        name: file name without its ending.
+        rows: column -> cell text.
+        lines: text outside the table, Markdown marks included.
+    """
+
+    name: str
+    rows: list[dict[str, str]]
+    lines: list[str]
 
 
 @dataclass(frozen=True)
@@ -136,17 +151,25 @@ class RunRecord:
             return flat[key]
         return self.config.get(key)
 
-    def samples(self, limit: int = 20) -> dict[str, list[dict[str, str]]]:
-        """Tables of ``samples/*.jsonl`` and ``samples/*.md``: file stem -> at most ``limit`` rows of text."""
-        tables: dict[str, list[dict[str, str]]] = {}
-        folder = self.path / "samples"
-        for path in sorted(folder.glob("*")) if folder.is_dir() else ():
-            if path.suffix not in (".jsonl", ".md"):
+    def sheets(self, limit: int = 20) -> list[Sheet]:
+        """Tables of the run: ``*.md`` in the folder, then ``*.jsonl`` and ``*.md`` in ``samples/``.
+
+        Args:
+            limit: most rows of each.
+        """
+        paths = sorted(self.path.glob("*.md"))
+        paths += sorted(p for p in (self.path / "samples").glob("*") if p.suffix in (".jsonl", ".md"))
+        found = []
+        for path in paths:
+            try:
+                lines = [x for x in path.read_text(encoding="utf-8", errors="replace").splitlines() if x.strip()]
+            except OSError as error:
+                _log.warning("%s cannot be read and is left out: %s", path, error)
                 continue
-            rows = list(_sample_rows(path, limit))
+            rows, text = _json_rows(lines) if path.suffix == ".jsonl" else _markdown_rows(lines)
             if rows:
-                tables[path.stem if path.stem not in tables else path.name] = rows
-        return tables
+                found.append(Sheet(path.stem, rows[:limit], text))
+        return found
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
@@ -168,21 +191,23 @@ def _point(row: Sequence[str]) -> Point | None:
     return point if math.isfinite(point.value) else None
 
 
-def _sample_rows(path: Path, limit: int) -> Iterator[dict[str, str]]:
-    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    if path.suffix == ".jsonl":
-        for line in lines[:limit]:
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(row, dict):
-                yield {str(k): _cell(v) for k, v in row.items()}
-        return
+def _json_rows(lines: Sequence[str]) -> tuple[list[dict[str, str]], list[str]]:
+    rows = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:  # the line a killed run was writing
+            continue
+        if isinstance(row, dict):
+            rows.append({str(k): _cell(v) for k, v in row.items()})
+    return rows, []
+
+
+def _markdown_rows(lines: Sequence[str]) -> tuple[list[dict[str, str]], list[str]]:
+    """Rows of the first table, and the lines that belong to no table."""
     cells = [[c.strip() for c in line.strip().strip("|").split("|")] for line in lines if line.lstrip().startswith("|")]
-    if len(cells) > 2:
-        for values in cells[2 : 2 + limit]:
-            yield dict(zip(cells[0], values, strict=False))
+    text = [line for line in lines if not line.lstrip().startswith("|")]
+    return [dict(zip(cells[0], values, strict=False)) for values in cells[2:]] if len(cells) > 2 else [], text
 
 
 def _cell(value: Any) -> str:
