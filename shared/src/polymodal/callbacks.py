@@ -322,7 +322,7 @@ class NonFiniteGuard(L.Callback):
     def on_before_backward(self, trainer: L.Trainer, pl_module: Any, loss: Tensor) -> None:
         """Check the loss."""
         if self._due(trainer, loss) and not bool(torch.isfinite(loss)):
-            self._fail(trainer, pl_module, f"loss is {float(loss)}", weights=True)
+            self._fail(trainer, pl_module, f"loss is {float(loss.detach())}", weights=True)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Check the gradient norm that clipping computed (fp16 loss scaling has infinite ones by design)."""

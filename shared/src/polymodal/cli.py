@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import importlib.resources
 import json
+import logging
 import os
 import sys
 import textwrap
@@ -22,6 +23,7 @@ from polymodal.errors import UserError
 
 __all__ = ["Interrupted", "command", "parse_config", "preset_names", "run_guarded", "subcommands"]
 
+PACKAGES = ("polymodal", "fedcore", "vlm_accel", "slt", "css", "missing_modal")
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 
@@ -103,6 +105,7 @@ def subcommands(
 
 def run_guarded(function: Callable[[], Any], *, prog: str, debug: bool = False) -> int:
     """Call ``function`` and turn what it raises into one line on stderr and an exit code."""
+    _log_to_stderr(prog)
     try:
         function()
     except UserError as error:
@@ -127,6 +130,23 @@ def run_guarded(function: Callable[[], Any], *, prog: str, debug: bool = False) 
         sys.stderr.write(f"{prog}: failed: {type(error).__name__}: {detail} (--debug shows the traceback)\n")
         return EXIT_FAILED
     return 0
+
+
+class _StderrHandler(logging.Handler):
+    """Writes to whatever ``sys.stderr`` is at the moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stderr.write(self.format(record) + "\n")
+
+
+def _log_to_stderr(prog: str) -> None:
+    """Show messages of our own packages; the rest of Python's logging stays as it is."""
+    handler = _StderrHandler()
+    handler.setFormatter(logging.Formatter(f"{prog}: %(message)s"))
+    for name in PACKAGES:
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        logger.handlers = [handler]
 
 
 def preset_names(presets: str | None) -> list[str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from polymodal.logs import CsvLog
 from polymodal.run import Run
 from polymodal.task import TaskModule
 
-__all__ = ["build_trainer", "evaluate", "fit", "fit_and_test", "resume_checkpoint"]
+__all__ = ["build_trainer", "evaluate", "fit", "fit_and_test", "load_best", "quiet_lightning", "resume_checkpoint"]
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +109,24 @@ def _device(trainer: L.Trainer) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device.type)
 
 
+@contextlib.contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Leave out Lightning's advice that does not apply: small data is read faster by one process, resuming is ours."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        for message in (
+            ".*does not have many workers.*",
+            ".*dataloader is not resumable.*",
+            ".*in eval mode at the start of training.*",
+            ".*isinstance.treespec, LeafSpec.*",
+            ".*smaller than the logging interval.*",
+            ".*but have no logger configured.*",
+        ):
+            warnings.filterwarnings("ignore", message=message)
+        yield
+
+
 def resume_checkpoint(run: Run, stage: int = 0) -> Path | None:
     """The checkpoint from which ``stage`` goes on, or None to start it fresh.
 
@@ -160,17 +179,12 @@ def fit(
     """Train one stage, from the run's checkpoint where it has one of this stage. Arguments as ``build_trainer``."""
     trainer = build_trainer(config, run, callbacks, monitor=monitor, mode=mode, stage=stage, step_offset=step_offset)
     checkpoint = resume_checkpoint(run, stage)
-    if run.checkpoint is not None:
-        reached = load_checkpoint(run.checkpoint)["polymodal"]["step"] if checkpoint else 0
+    if run.manifest["resumed"]:
+        reached = load_checkpoint(checkpoint)["polymodal"]["step"] if checkpoint else 0
         for logger in run.loggers:
             if isinstance(logger, CsvLog):
                 logger.rewind(reached + step_offset)
-    with warnings.catch_warnings():
-        # One process reads small data faster than workers start; Lightning's advice does not apply to in-memory data.
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
-        warnings.filterwarnings("ignore", message=".*dataloader is not resumable.*")
-        warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
+    with quiet_lightning():
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
     run.checkpoint = None
     return trainer
@@ -178,8 +192,7 @@ def fit(
 
 def evaluate(module: TaskModule, data: L.LightningDataModule, trainer: L.Trainer) -> dict[str, float]:
     """``test/`` metrics of the module as it is."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    with quiet_lightning():
         trainer.test(module, datamodule=data, verbose=False)
     return dict(module.last_metrics)
 

@@ -87,7 +87,7 @@ class SLTModule(TaskModule):
         return [self.tokenizer.decode(row) for row in ids]
 
     def metrics(self, records: dict[str, Any]) -> dict[str, float]:
-        """Stage 1: mean loss terms; stage 2: BLEU-1..4, both ROUGE-L, chrF, BLEU-4 per unique sentence, word accuracy."""
+        """Stage 1: mean loss terms; stage 2: BLEU-1..4, ROUGE-L (both), chrF, unique-sentence BLEU-4, word accuracy."""
         rows = list(records.values())
         if self.stage == 1:
             return {name: sum(r[name] for r in rows) / len(rows) for name in rows[0]}
