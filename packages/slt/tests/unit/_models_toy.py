@@ -46,7 +46,7 @@ def samples(lengths=(9, 4, 13, 6), questions=("wie wird das wetter", "", "wird r
         sentence = " ".join(WORDS[i] for i in picked)
         question = questions[number % len(questions)]
         pixels = torch.randint(0, 256, (frames, 3, size, size), generator=random, dtype=torch.uint8)
-        masked = question.split()[:-1] + ["<mask>"] if question else []
+        masked = [*question.split()[:-1], "<mask>"] if question else []
         rows.append(Sample(f"clip{number}", question, sentence, pixels, tuple(masked), tuple(sentence.split())))
     return rows
 
