@@ -115,7 +115,7 @@ def sections_of(layout: Layout, names: Iterable[str]) -> list[tuple[str, list[Pa
                 continue
             found = [m for m in panel.metrics if left.pop(m, False) is None]
             # One chart a metric: the report shows several groups in each.
-            panels += [Panel(panel.title if len(panel.metrics) == 1 else m, (m,), panel.x) for m in found]
+            panels += [Panel(panel.title, (m,), panel.x) for m in found]
         if panels:
             result.append((section.title, panels))
     by_prefix: dict[str, list[Panel]] = {}

@@ -172,11 +172,11 @@ def _samples(report: TaskReport) -> str:
 def _sheet(sheet: Sheet) -> str:
     columns = list(dict.fromkeys(key for row in sheet.rows for key in row))
     head = "".join(f"<th>{escape(c)}</th>" for c in columns)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(row.get(c, ''))}</td>" for c in columns) + "</tr>" for row in sheet.rows
-    )
+    rows = ("".join(f"<td>{escape(row.get(c, ''))}</td>" for c in columns) for row in sheet.rows)
+    body = "".join(f"<tr>{cells}</tr>" for cells in rows)
     text = "".join(f"<p class=hint>{_prose(line.strip('*# '))}</p>" for line in sheet.lines)
-    return f"<div class=scroll><table class=samples><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{text}"
+    table = f"<table class=samples><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<div class=scroll>{table}</div>{text}"
 
 
 def _pictures(report: TaskReport) -> str:
