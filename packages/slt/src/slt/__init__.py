@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from slt.audit import audit_report
     from slt.data.base import Item, SLTData
-    from slt.metrics import bleu, chrf, rouge_l, scores, signatures
     from slt.methods.ssaw import SigmoidSelfAttentionWeighting
+    from slt.metrics import bleu, chrf, rouge_l, scores, signatures
     from slt.models.translator import SLTModel
     from slt.module import SLTModule
     from slt.ops.contrastive import contrastive_loss

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from typing import TYPE_CHECKING, Any
 
+import lightning as L
 from polymodal.seeding import numpy_rng
 
 from slt.audit import AuditReport, audit_report
@@ -58,7 +59,7 @@ def question_only_predictions(config: SLTConfig, run: Run, tokenizer: Tokenizer)
 
     Frames are neither decoded nor encoded. No checkpoint is kept: a run killed here trains the probe again.
     """
-    import lightning as L
+    from polymodal.trainer import quiet_lightning
 
     from slt.data.datamodule import SLTDataModule
     from slt.train import build_module
@@ -67,8 +68,16 @@ def question_only_predictions(config: SLTConfig, run: Run, tokenizer: Tokenizer)
     data = SLTDataModule(config.data, tokenizer, loader, seed=config.seed, load_frames=False)
     loss = dataclasses.replace(config.loss, lambda_q=0.0, lambda_c=0.0, lambda_triplet=0.0)
     module = build_module(dataclasses.replace(config, loss=loss), tokenizer, stage=2, fusion="question_only")
+    trainer = _bare_trainer(config, run)
+    log.info("training the question-only probe")
+    with quiet_lightning():
+        trainer.fit(module, datamodule=data)
+    return predict(module, data)
+
+
+def _bare_trainer(config: SLTConfig, run: Run) -> L.Trainer:
     settings = config.trainer
-    trainer = L.Trainer(
+    return L.Trainer(
         accelerator=settings.accelerator,
         devices=1,
         precision=settings.precision,
@@ -84,14 +93,9 @@ def question_only_predictions(config: SLTConfig, run: Run, tokenizer: Tokenizer)
         use_distributed_sampler=False,
         default_root_dir=run.folder,
     )
-    log.info("training the question-only probe")
-    trainer.fit(module, datamodule=data)
-    return predict(module, data)
 
 
-def audit_run(
-    config: SLTConfig, run: Run, module: SLTModule, data: SLTDataModule, tokenizer: Tokenizer
-) -> AuditReport:
+def audit_run(config: SLTConfig, run: Run, module: SLTModule, data: SLTDataModule, tokenizer: Tokenizer) -> AuditReport:
     """Score the tested model next to its probes; writes ``audit.json``, ``audit.md`` and the table of samples."""
     from polymodal.files import write_json, write_text
 

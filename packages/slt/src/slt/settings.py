@@ -10,9 +10,10 @@ from polymodal.config import RunConfig
 
 from slt.config import LossConfig, ModelConfig
 from slt.data.base import SLTData
+from slt.data.options import LoaderConfig
 from slt.data.synthetic import Synthetic
 
-__all__ = ["AuditConfig", "DecodeConfig", "LoaderConfig", "OptimConfig", "SLTConfig", "TokenizerConfig"]
+__all__ = ["AuditConfig", "DecodeConfig", "OptimConfig", "SLTConfig", "TokenizerConfig"]
 
 
 @dataclass
@@ -47,36 +48,6 @@ class TokenizerConfig:
     """folder of an mBART tokenizer, trimmed or not (slt-data trim)"""
     min_count: int = 1
     """rarer words become <unk>"""
-
-
-@dataclass
-class LoaderConfig:
-    """How clips become batches."""
-
-    batch_size: int = 2
-    """clips a batch"""
-    max_frames: int = 0
-    """instead of batch_size: so many frames a batch (0: off)"""
-    eval_batch_size: int = 8
-    """clips a batch in evaluation"""
-    max_clip_frames: int = 300
-    """longer clips are sampled down to so many frames"""
-    workers: int = 0
-    """loader processes"""
-    augment: bool = True
-    """rotation, resize, shift, random crop in training (off for the synthetic world)"""
-    image_size: int = 224
-    """crop fed to the frame encoder; 0 keeps the frames as they are"""
-    question_dropout: float = 0.1
-    """share of training questions replaced by an empty one"""
-    corruption: Literal["omit_last", "omit", "span"] = "omit_last"
-    """how texts are masked for restoration"""
-    corruption_rate: float = 0.15
-    """largest share of masked words (characters for Chinese)"""
-    memory_cache_mib: int = 1024
-    """keep decoded frames in memory up to this size (0: off)"""
-    frame_cache: Path | None = None
-    """folder written by slt-data cache frames"""
 
 
 @dataclass

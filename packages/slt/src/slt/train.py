@@ -152,8 +152,10 @@ def plan(config: SLTConfig, tokenizer: Tokenizer) -> str:
     lines += [f"questions  {sum(v['questions'] for v in sizes.values())} of {sum(v['videos'] for v in sizes.values())}"]
     lines += [f"vocabulary {tokenizer.vocab_size} ({tokenizer.kind})", f"model      {count:,} parameters"]
     lines += [f"fusion     {config.model.fusion} {config.model.fusion_options or ''}".rstrip()]
-    epochs = f"{config.stage1_epochs} + {config.trainer.max_epochs}" if config.stage == "both" else (
-        str(config.stage1_epochs if config.stage == "1" else config.trainer.max_epochs)
+    epochs = (
+        f"{config.stage1_epochs} + {config.trainer.max_epochs}"
+        if config.stage == "both"
+        else (str(config.stage1_epochs if config.stage == "1" else config.trainer.max_epochs))
     )
     return "\n".join([*lines, f"stages     {config.stage}, epochs {epochs}", "nothing was trained (dry run)"])
 
@@ -185,10 +187,12 @@ def run_stages(
             transfer_stage1(module.model, stage1.model.state_dict())
     elif config.stage1_checkpoint is not None and resumed_stage is None:
         load_stage1(module, config.stage1_checkpoint)
-    run.note(metric_signatures={
-        f"test/{k}": v
-        for k, v in signatures(config.data.level, config.data.lowercase, config.data.append_period).items()
-    })
+    run.note(
+        metric_signatures={
+            f"test/{k}": v
+            for k, v in signatures(config.data.level, config.data.lowercase, config.data.append_period).items()
+        }
+    )
     metrics = fit_and_test(module, data, config.trainer, run, monitor="val/bleu4", stage=2, step_offset=offset)
     report = None
     if config.audit.enabled:

@@ -70,7 +70,6 @@ class SLTData:
     allow_missing: bool = False
     lowercase: bool = False
     append_period: bool = False
-    _items: dict[str, list[Item]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     name: ClassVar[str] = ""
     language: ClassVar[str] = "de_DE"
