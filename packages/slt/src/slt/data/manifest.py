@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +19,10 @@ from slt.data.video import VIDEO_SUFFIXES, is_video
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["SCHEMA", "SCHEMA_VERSION", "Manifest"]
+__all__ = ["DATASET_FILE", "DATASET_SCHEMA", "SCHEMA", "SCHEMA_VERSION", "Manifest"]
 
+DATASET_FILE = "dataset.json"
+DATASET_SCHEMA = "slt.dataset"
 SCHEMA = "slt.manifest"
 SCHEMA_VERSION = 1
 MIGRATIONS: dict[int, Migration] = {}
@@ -35,17 +38,21 @@ class Manifest(SLTData):
 
     ``video`` is a folder of pictures or a video file, relative to the JSONL file or absolute. Optional keys:
     ``question``, ``speaker``, ``topic``; a folder ``questions`` takes precedence over the key. The first line may be
-    ``{"schema": "slt.manifest", "schema_version": 1}``.
+    ``{"schema": "slt.manifest", "schema_version": 1}``, and a file ``dataset.json`` with ``{"schema": "slt.dataset",
+    "schema_version": 1, "language": "de_DE", "level": "word"}`` saves the options of that name.
     """
 
-    language: str = "en_XX"  # type: ignore[misc]  # an option here, fixed in the other readers
-    """language tag of sentences and questions, such as en_XX, de_DE, zh_CN"""
-    level: str = "word"  # type: ignore[misc]
-    """unit of scores and masking: word or char"""
+    language: str = ""  # type: ignore[misc]  # an option here, fixed in the other readers
+    """language tag such as en_XX, de_DE, zh_CN; empty: from <root>/dataset.json, else en_XX"""
+    level: str = ""  # type: ignore[misc]
+    """unit of scores and masking, word or char; empty: from <root>/dataset.json, else word"""
 
     name: ClassVar[str] = "manifest"
 
     def __post_init__(self) -> None:
+        stated = _dataset_file(self.root)
+        self.language = self.language or str(stated.get("language", "en_XX"))
+        self.level = self.level or str(stated.get("level", "word"))
         if self.level not in ("word", "char"):
             raise UserError(f"level={self.level!r}; expected word (blank-separated) or char (e.g. Chinese)")
 
@@ -123,3 +130,19 @@ class Manifest(SLTData):
     def load(self, item: Item, indices: Sequence[int]) -> np.ndarray:
         """Frames ``(T, H, W, 3)`` uint8 of one clip."""
         return load_clip(item.source[0], indices)
+
+
+def _dataset_file(root: Path | None) -> dict[str, Any]:
+    """What ``<root>/dataset.json`` says; nothing where there is none."""
+    path = root.expanduser() / DATASET_FILE if root is not None else None
+    if path is None or not path.is_file():
+        return {}
+    try:
+        stated = json.loads(path.read_text(encoding="utf-8"))
+        schema, version = stated["schema"], stated["schema_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a dataset file ({error!r}); correct or remove it") from error
+    if schema != DATASET_SCHEMA or version != 1:
+        raise UserError(f"{path}: {schema!r} version {version} cannot be read, known is {DATASET_SCHEMA!r} version 1")
+    result: dict[str, Any] = stated
+    return result
