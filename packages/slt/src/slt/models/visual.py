@@ -88,20 +88,30 @@ class FrameCNN(nn.Module):
         width: number of features per frame.
         frames_per_pass: largest chunk in evaluation, where chunks do not change the result.
         recompute: gradient checkpointing in training.
+        mean: of the pixels' three channels, 0..1.
+        std: likewise.
     """
 
     mean: Tensor
     scale: Tensor
 
-    def __init__(self, network: nn.Module, width: int, frames_per_pass: int = 512, recompute: bool = False) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        width: int,
+        frames_per_pass: int = 512,
+        recompute: bool = False,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+    ) -> None:
         super().__init__()
         self.network = network.to(memory_format=torch.channels_last)
         self.width = width
         self.frames_per_pass = frames_per_pass
         self.recompute = recompute
-        std = torch.tensor(IMAGENET_STD)
-        self.register_buffer("scale", (1 / (255 * std)).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("mean", (torch.tensor(IMAGENET_MEAN) / std).view(1, 3, 1, 1), persistent=False)
+        spread = torch.tensor(std)
+        self.register_buffer("scale", (1 / (255 * spread)).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", (torch.tensor(mean) / spread).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, frames: Tensor) -> Tensor:
         """(N, 3, H, W) uint8 → (N, width)."""
@@ -279,7 +289,8 @@ def build_backbone(config: ModelConfig) -> FrameCNN | PoseEncoder:
         return PoseEncoder(config.pose_landmarks, config.pose_width)
     if config.backbone_weights is not None and config.backbone != "resnet18":
         raise UserError(f"backbone_weights is for resnet18, not for backbone={config.backbone}; leave it empty")
-    network, width = (
-        (_resnet18(config.backbone_weights), 512) if config.backbone == "resnet18" else (_tiny_network(), 32)
-    )
-    return FrameCNN(network, width, config.frames_per_pass, config.checkpoint_frames)
+    options = (config.frames_per_pass, config.checkpoint_frames)
+    if config.backbone == "resnet18":
+        return FrameCNN(_resnet18(config.backbone_weights), 512, *options)
+    # Dark stays near 0, the value of the convolutions' zero padding: no edge for the max pooling to find.
+    return FrameCNN(_tiny_network(), 32, *options, mean=(0.0,) * 3, std=(1.0,) * 3)
