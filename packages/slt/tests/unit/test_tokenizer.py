@@ -1,5 +1,6 @@
 """Word, character and pretrained tokenizers; trimming of a vocabulary."""
 
+import io
 import json
 import pickle
 from pathlib import Path
@@ -177,6 +178,22 @@ def test_pretrained_tokenizer_is_that_of_transformers(mbart):
     assert (ours.pad_id, ours.eos_id, ours.unk_id) == (1, 2, 3)
     assert ours.mask_id == theirs.mask_token_id
     assert ours.tag_id("en_XX") == theirs.convert_tokens_to_ids("en_XX")
+
+
+def test_sentencepiece_models_are_converted(tmp_path):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS * 20), model_writer=model, vocab_size=40, hard_vocab_limit=False, minloglevel=3
+    )
+    (tmp_path / "sentencepiece.bpe.model").write_bytes(model.getvalue())
+    ours = Tokenizer.from_pretrained(tmp_path, "de_DE")
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    for text in TEXTS:
+        # mBART's ids are those of sentencepiece plus one: it inserts <pad>.
+        assert ours.encode(text)[:-2] == [piece + 1 for piece in pieces.encode(text)]
+        assert ours.decode(ours.encode(text)) == text
+    assert ours.vocab_size == pieces.get_piece_size() + 1 + 25 + 1
 
 
 def test_pretrained_control_words_stay_text_after_pickling(mbart):
