@@ -102,7 +102,7 @@ class SLTDataset(Dataset[Sample]):
         chosen = frame_indices(item.num_frames, self.config.max_frames, self._draws("frames", epoch, item.id))
         frames = self._decode(index, chosen)
         if self.transform is None:
-            return torch.from_numpy(np.ascontiguousarray(frames, dtype=np.float32))
+            return torch.from_numpy(np.require(frames, dtype=np.float32, requirements=["C", "W"]))
         augment = self.train and self.config.augment == "paper"
         return self.transform(
             frames, draw_augmentation(generator(self.seed, "augment", epoch, item.id)) if augment else None

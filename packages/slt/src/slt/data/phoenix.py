@@ -121,7 +121,7 @@ class Phoenix2014T(SLTData):
                     )
             if "/" in row["name"] or "\\" in row["name"] or row["name"] in {".", ".."}:
                 raise UserError(
-                    f"{self.name} annotation: {path}, line {number}: name {row['name']!r} is not a folder name"
+                    f"{self.name} annotation: {path}, line {number}: name {row['name']!r} is no folder name; mend it"
                 )
             rows.append((number, row))
         if not rows:

@@ -75,7 +75,7 @@ class ClipTransform:
         Returns:
             ``(T, 3, size, size)`` uint8.
         """
-        clip = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
+        clip = torch.from_numpy(np.require(frames, requirements=["C", "W"])).permute(0, 3, 1, 2)
         draw = Draw() if draw is None else draw
         if draw.angle:
             clip = F.rotate(clip, draw.angle, interpolation=F.InterpolationMode.BILINEAR)
