@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -40,8 +40,6 @@ class CSLDaily(SLTData):
     language: ClassVar[str] = "zh_CN"
     level: ClassVar[str] = "char"
 
-    _joined: dict[str, list[Item]] = field(default_factory=dict, init=False, repr=False, compare=False)
-
     def home(self) -> Path:
         """The folder with ``sentence_label``.
 
@@ -65,9 +63,10 @@ class CSLDaily(SLTData):
 
     def read_split(self, split: str) -> list[Item]:
         """Clips of the split that pickle and split file agree on, in the order of the split file."""
-        if not self._joined:
-            self._joined = self._join()
-        found = self._joined[split]
+        joined: dict[str, list[Item]] = self.__dict__.setdefault("_joined", {})
+        if not joined:
+            joined.update(self._join())
+        found = joined[split]
         if not found:
             raise UserError(f"{self.name}: split {split} is empty after joining pickle and split file; copy both again")
         paths = self._clips([item.id for item in found])
