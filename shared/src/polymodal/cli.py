@@ -309,34 +309,66 @@ def help_text(
     choices: Mapping[str, Mapping[str, str]],
     arguments: Sequence[str],
 ) -> str:
-    """Help of a command: example, one line an option, grouped; options of the chosen reader come last."""
+    """Help of a command, one line an option.
+
+    ``--help`` fits two screens: example, top options, the groups ``trainer`` and ``log`` and the chosen class-typed
+    options; further groups are named with their size. ``--help GROUP`` shows one group, ``--help all`` everything.
+    """
+    position = next(i for i, a in enumerate(arguments) if a in ("-h", "--help"))
+    wanted = arguments[position + 1] if position + 1 < len(arguments) else ""
+    wanted = "" if wanted.startswith("-") else wanted
+    groups = _groups(config_class, choices, arguments)
+    if wanted and wanted != "all":
+        if wanted not in groups:
+            raise UserError(f"--help {wanted}: no such group; groups: {', '.join(groups)}")
+        return "\n".join(groups[wanted]) + "\n"
     lines = [f"usage: {prog} [options]", ""]
     if example:
         lines += ["Example:", textwrap.indent(example.strip(), "  "), ""]
-    names = preset_names(presets)
     lines += ["Options (any can stand in a YAML file for --config; dotted names are nested keys):"]
-    lines += [_row("--config FILE|NAME", "YAML file or preset" + (f": {', '.join(names)}" if names else ""))]
+    lines += [_row("--config FILE|NAME", "YAML file, run folder, or preset:")]
+    lines += textwrap.wrap(", ".join(preset_names(presets)), 76, initial_indent=" " * 41, subsequent_indent=" " * 41)
     lines += [_row("--print_config", "print the complete configuration and exit")]
     lines += [_row("--debug", "show the traceback of an error")]
     if any(f.name == "trainer" for f in dataclasses.fields(config_class)):
         lines += [_row("--list-methods", "methods with paper and fidelity")]
-    groups: list[str] = []
+    hints, documentation = typing.get_type_hints(config_class), _field_docs(config_class)
+    for item in dataclasses.fields(config_class):
+        if item.name in choices:
+            lines.append(
+                _row(f"--{item.name} NAME", f"{documentation.get(item.name, '')}: {'|'.join(choices[item.name])}")
+            )
+        elif not dataclasses.is_dataclass(hints[item.name]):
+            lines.append(_row(*_option(item, hints[item.name], documentation, "")))
+    shown = set(groups) if wanted == "all" else {"trainer", "log", *choices}
+    for name, group in groups.items():
+        if name in shown:
+            lines += ["", *group]
+    rest = [name for name in groups if name not in shown]
+    if rest:
+        lines += ["", "More groups (--help GROUP, or --help all):"]
+        lines += [
+            _row(f"{name} ({len(groups[name]) - 1} options)", groups[name][0].partition(": ")[2]) for name in rest
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _groups(
+    config_class: type[Any], choices: Mapping[str, Mapping[str, str]], arguments: Sequence[str]
+) -> dict[str, list[str]]:
+    """Title and option lines of each nested group."""
+    groups: dict[str, list[str]] = {}
     hints = typing.get_type_hints(config_class)
-    documentation = _field_docs(config_class)
     for item in dataclasses.fields(config_class):
         hint = hints[item.name]
         if item.name in choices:
-            known = "|".join(choices[item.name])
-            lines.append(_row(f"--{item.name} NAME", f"{documentation.get(item.name, '')}: {known}"))
             cls = _chosen(item.name, arguments, choices) or type(_default(item))
-            groups += ["", f"{item.name} = {cls.__name__} (--{item.name} NAME --help shows another one's):"]
-            groups += _rows(cls, item.name + ".")
+            title = f"{item.name}: {cls.__name__} (--{item.name} NAME --help shows another one's)"
+            groups[item.name] = [title, *_rows(cls, item.name + ".")]
         elif dataclasses.is_dataclass(hint):
             title = (hint.__doc__ or "").strip().split("\n")[0]
-            groups += ["", f"{item.name}: {title}", *_rows(typing.cast(type, hint), item.name + ".")]
-        else:
-            lines.append(_row(*_option(item, hint, documentation, "")))
-    return "\n".join(lines + groups) + "\n"
+            groups[item.name] = [f"{item.name}: {title}", *_rows(typing.cast(type, hint), item.name + ".")]
+    return groups
 
 
 def _chosen(key: str, arguments: Sequence[str], choices: Mapping[str, Mapping[str, str]]) -> type[Any] | None:
@@ -356,7 +388,10 @@ def _rows(cls: type[Any], prefix: str) -> list[str]:
 def _option(item: dataclasses.Field[Any], hint: Any, documentation: dict[str, str], prefix: str) -> tuple[str, str]:
     default = _default(item)
     shown = "" if default in (None, "", {}, []) or default is dataclasses.MISSING else f" [{default}]"
-    return f"--{prefix}{item.name} {_type_name(hint)}", documentation.get(item.name, "") + shown
+    text = documentation.get(item.name, "")
+    return f"--{prefix}{item.name} {_type_name(hint)}", textwrap.shorten(
+        text.rstrip("."), 110, placeholder=" …"
+    ) + shown
 
 
 def _default(item: dataclasses.Field[Any]) -> Any:
@@ -383,14 +418,18 @@ def _row(option: str, text: str) -> str:
 
 
 def _field_docs(cls: type[Any]) -> dict[str, str]:
-    """Docstrings under the fields of a dataclass and its bases."""
+    """What a dataclass and its bases say of their fields: strings under the fields, or the docstring's ``Args``."""
     import ast
     import inspect
+
+    import docstring_parser
 
     documentation: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if not dataclasses.is_dataclass(base):
             continue
+        for argument in docstring_parser.parse(inspect.getdoc(base) or "").params:
+            documentation[argument.arg_name] = " ".join((argument.description or "").split())
         body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
         previous: str | None = None
         for node in getattr(body, "body", []):

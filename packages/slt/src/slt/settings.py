@@ -84,6 +84,8 @@ class SLTConfig(RunConfig):
     """1 aligns, 2 translates, both does 1, transfers the weights strictly, then 2"""
     stage1_epochs: int = 80
     """epochs of stage 1 (trainer.max_epochs is stage 2's)"""
+    stage1_batch_size: int = 0
+    """clips in a training batch of stage 1 (0: loader.batch_size)"""
     stage1_checkpoint: Path | None = None
     """start stage 2 from this stage-1 run folder or checkpoint"""
     data: SLTData = field(default_factory=Synthetic, metadata={"class_typed": True})

@@ -168,19 +168,19 @@ def run_stages(
 
     from polymodal.trainer import fit, fit_and_test, load_best, stage_of_checkpoint
 
-    from slt.data.datamodule import SLTDataModule
     from slt.losses import transfer_stage1
     from slt.metrics import signatures
 
-    data = SLTDataModule(config.data, tokenizer, config.loader, seed=config.seed)
+    data = data_module(config, tokenizer)
     resumed_stage = stage_of_checkpoint(run)
     offset = 0
     if config.stage in ("1", "both"):
         stage1 = module if config.stage == "1" else build_module(config, tokenizer, stage=1)
-        trainer_config = dataclasses.replace(config.trainer, max_epochs=config.stage1_epochs)
-        offset = config.stage1_epochs * steps_per_epoch(data, config)
+        data1 = data_module(config, tokenizer, config.stage1_batch_size)
+        offset = config.stage1_epochs * steps_per_epoch(data1, config)
         if resumed_stage != 2:
-            fit(stage1, data, trainer_config, run, monitor="val/loss", mode="min", stage=1)
+            trainer_config = dataclasses.replace(config.trainer, max_epochs=config.stage1_epochs)
+            fit(stage1, data1, trainer_config, run, monitor="val/loss", mode="min", stage=1)
             load_best(stage1, run)
             if config.stage == "1":
                 return {**stage1.last_metrics}, None
@@ -202,6 +202,23 @@ def run_stages(
         metrics |= {f"test/{row.name}/bleu4": row.scores["bleu4"] for row in report.rows if row.name != report.model}
         metrics |= {"test/overlap": report.overlap.rate}
     return metrics, report
+
+
+def data_module(config: SLTConfig, tokenizer: Tokenizer, batch_size: int = 0) -> SLTDataModule:
+    """Loaders of the configured data; ``batch_size`` replaces the configured one where it is not 0."""
+    import dataclasses
+
+    from slt.data.datamodule import SLTDataModule
+
+    loader = dataclasses.replace(config.loader, batch_size=batch_size) if batch_size else config.loader
+    return SLTDataModule(
+        config.data,
+        tokenizer,
+        loader,
+        seed=config.seed,
+        max_question_tokens=config.loader.max_question_tokens,
+        max_positions=config.model.max_positions,
+    )
 
 
 def steps_per_epoch(data: SLTDataModule, config: SLTConfig) -> int:

@@ -32,6 +32,8 @@ class LoaderConfig:
     """height and width before the crop, pixels; empty: as frame_size, no crop"""
     augment: Literal["paper", "none"] = "paper"
     """training frames: paper (rotate, resize, shift, random crop; one draw a clip) or none"""
+    max_question_tokens: int = 64
+    """questions lose tokens at their end beyond this; end and language tag stay"""
     question_dropout: float = 0.1
     """share of training questions replaced by an empty one, 0..1 (ours)"""
     corruption: Literal["omit_last", "omit", "span"] = "omit_last"
