@@ -184,6 +184,12 @@ def test_no_root():
     assert "phoenix2014t: no root folder; give the folder PHOENIX-2014-T" in fails(Phoenix2014T())
 
 
+def test_root_may_be_text(home, monkeypatch):
+    assert Phoenix2014T(root=str(home)).items("train") == Phoenix2014T(root=home).items("train")
+    monkeypatch.setenv("HOME", str(home.parent))
+    assert Phoenix2014T(root="~").items("train") == Phoenix2014T(root=home).items("train")
+
+
 def test_missing_root(tmp_path):
     assert f"{tmp_path}/no does not exist; give the folder PHOENIX-2014-T" in fails(Phoenix2014T(root=tmp_path / "no"))
 

@@ -76,6 +76,12 @@ class SLTData:
     level: ClassVar[str] = "word"
     modality: ClassVar[str] = "frames"
 
+    def __post_init__(self) -> None:
+        if self.root is not None:
+            self.root = Path(self.root).expanduser()  # text is fine from Python code
+        if self.questions is not None:
+            self.questions = Path(self.questions).expanduser()
+
     # --- what a subclass fills in -------------------------------------------------------------------------------
 
     def read_split(self, split: str) -> list[Item]:

@@ -117,7 +117,7 @@ class Synthetic(Phoenix2014T):
     def world(self) -> Path:
         """Folder of this world; it may not exist yet."""
         key = hashlib.sha256(json.dumps(self.options(), sort_keys=True).encode()).hexdigest()[:12]
-        base = self.root.expanduser() if self.root is not None else cache_dir("slt", "worlds")
+        base = self.root if self.root is not None else cache_dir("slt", "worlds")
         return base / f"synthetic-{key}"
 
     def home(self) -> Path:
