@@ -38,6 +38,7 @@ class TestOverlap:
         [
             ("morgen regen ?", "morgen  regen", 1),
             ("morgen regen?", "morgen regen", 1),
+            ("morgen regen ?? ", "morgen regen ", 1),
             ("morgen regen ?", "morgen regen ?", 1),
             ("morgen regen", "morgen regen ?", 1),
             ("morgen ? regen", "morgen regen", 0),

@@ -2,7 +2,6 @@
 
 import logging
 import random
-from dataclasses import replace
 
 import pytest
 import sacrebleu
@@ -229,7 +228,7 @@ class TestUnique:
         assert found.sentences == 2
         assert found.bleu == pytest.approx([75.0] * 4)
         assert found.rouge_l_coco == pytest.approx(75)
-        assert unique_sentence_scores(references[::-1], hypotheses[::-1]) == replace(found)
+        assert unique_sentence_scores(references[::-1], hypotheses[::-1]).bleu == pytest.approx(found.bleu)
         assert bleu(references, hypotheses)[0] == pytest.approx(100 * 8 / 12)
 
     def test_characters_are_grouped_without_blanks(self):
