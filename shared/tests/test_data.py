@@ -161,6 +161,21 @@ def test_the_place_may_be_set_after_the_iterator_was_made(workers):
     assert [[index for index, _ in batch] for batch in iterator] == sampler.batches(2)[5:]
 
 
+class Broken(Echo):
+    """One bad file."""
+
+    def __getitem__(self, key):
+        raise UserError(f"frame {key[0]}.png: cannot be decoded; copy it again")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_file_is_one_line_from_any_process(workers):
+    sampler = LengthBucketBatchSampler([1], batch_size=1)
+    with pytest.raises(UserError) as error:
+        list(LazyLoader(Broken(), batch_sampler=sampler, num_workers=workers, collate_fn=list))
+    assert str(error.value) == "frame 0.png: cannot be decoded; copy it again"
+
+
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("POLYMODAL_CACHE", str(tmp_path / "cache"))
