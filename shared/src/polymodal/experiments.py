@@ -43,7 +43,7 @@ __all__ = ["Cell", "Experiment", "load_experiment", "run_experiment", "table_of"
 SCHEMA_VERSION = 1
 _RUN_KEYS = (
     *("run_id", "method", "fidelity", "config_hash", "started", "ended", "wall_s"),
-    *("device", "precision", "threads", "peak_mib", "git", "data"),
+    *("device", "precision", "threads", "peak_mib", "git"),
 )
 _log = logging.getLogger(__name__)
 
@@ -329,11 +329,17 @@ def _record(experiment: Experiment, cell: Cell, run: RunRecord | None, error: st
         "error": error,
         "command": experiment.arguments(cell),
         "settings_hash": experiment.settings_hash(cell),
-        "run": {key: manifest.get(key) for key in _RUN_KEYS},
+        "run": {**{key: manifest.get(key) for key in _RUN_KEYS}, "data": _without_paths(manifest.get("data"))},
         "versions": manifest.get("versions", {}),
         "metrics": manifest.get("metrics", {}),
         "metric_signatures": manifest.get("metric_signatures", {}),
     }
+
+
+def _without_paths(data: Any) -> dict[str, Any]:
+    """Facts of the data without the folders of this machine: results are committed."""
+    items = data.items() if isinstance(data, Mapping) else ()
+    return {k: v for k, v in items if not (isinstance(v, str) and Path(v).is_absolute())}
 
 
 # ------------------------------------------------------------------ tables

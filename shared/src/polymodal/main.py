@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,7 +28,6 @@ _FORMS = ("md", "csv", "html", "tex")
 
 def main() -> int:
     """Entry point of the console script; returns the exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     return subcommands(
         {
             "report": ("table, curves and page from run folders", _guarded("report", _report)),

@@ -170,7 +170,8 @@ def _choose_metrics(
 ) -> tuple[str, ...]:
     known = set().union(*(r.metrics for r in records))
     order = [m for s in layout.sections for p in s.panels for m in p.metrics]
-    ranked = sorted(known, key=lambda m: (order.index(m) if m in order else len(order), m))
+    # Scores of the run itself come before those of probes and baselines inside it (test/copy_question/bleu4).
+    ranked = sorted(known, key=lambda m: (m.count("/"), order.index(m) if m in order else len(order), m))
     if wanted:
         chosen: dict[str, None] = {}
         for pattern in wanted:

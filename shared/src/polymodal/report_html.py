@@ -23,6 +23,7 @@ __all__ = ["page"]
 
 _MAX_PICTURES, _MAX_PICTURE_BYTES = 4, 600_000
 _MAX_SAMPLES = 12
+_MAX_DOTS = 6
 _MIME = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".gif": "image/gif"}
 
 
@@ -106,7 +107,7 @@ def _seeds(table: Table, colors: dict[str, str]) -> str:
     if len(table.rows) < 2 and all(len(r.seeds) < 2 for r in table.rows):
         return ""
     cards = []
-    for metric in table.metrics:
+    for metric in table.metrics[:_MAX_DOTS]:
         values = {row.group: row.values[metric] for row in table.rows}
         if any(values.values()):
             cards.append(_card(metric, svg.dots(values, colors)))
@@ -127,7 +128,7 @@ def _differences(table: Table, colors: dict[str, str]) -> str:
         cells = "".join(f"<td class=num>{_interval(row, m)}</td>" for m in table.metrics)
         lines.append(f"<tr><th>{_swatch(row.group, colors)}</th>{cells}</tr>")
     cards = []
-    for metric in table.metrics:
+    for metric in table.metrics[:_MAX_DOTS]:
         found = {r.group: r.differences[metric] for r in rows if metric in r.differences}
         if found:
             cards.append(_card(metric, svg.differences(found, colors)))

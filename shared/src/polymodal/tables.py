@@ -148,7 +148,7 @@ def _mixtures(runs: Sequence[Measured], metrics: Sequence[str]) -> list[str]:
         prints.setdefault(run.fingerprint, []).append(run)
     if len(prints) > 1:
         parts = [
-            f"{_short(key)} ({m[0].data or 'unnamed'}: {len(m)} runs, e.g. {m[0].source})" for key, m in prints.items()
+            f"{_short(key)} ({m[0].data or 'unnamed'}: {_runs(m)}, e.g. {m[0].source})" for key, m in prints.items()
         ]
         problems.append(f"{len(prints)} data fingerprints: {', '.join(parts)}")
     for metric in metrics:
@@ -233,7 +233,7 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """An aligned Markdown table: first column left, the others right where every cell is a number."""
     cells = [[str(c).replace("|", "\\|").replace("\n", " ") for c in row] for row in (header, *rows)]
     widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(header))]
-    numeric = [i > 0 and all(_looks_numeric(row[i]) for row in cells[1:]) for i in range(len(header))]
+    numeric = [i > 0 and _all_numbers([row[i] for row in cells[1:]]) for i in range(len(header))]
     lines = []
     for row in cells:
         aligned = [c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric, strict=True)]
@@ -242,8 +242,9 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([lines[0], "| " + " | ".join(rule) + " |", *lines[1:]])
 
 
-def _looks_numeric(text: str) -> bool:
-    return text == "–" or text[:1] in "+-0123456789"
+def _all_numbers(column: Sequence[str]) -> bool:
+    """Whether every cell is a number or a dash, and not all are dashes."""
+    return all(c == "–" or c[:1] in "+-0123456789" for c in column) and any(c != "–" for c in column)
 
 
 def _cells(table: Table) -> tuple[list[str], list[list[str]]]:

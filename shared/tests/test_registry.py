@@ -1,0 +1,79 @@
+"""The lazy method table: names, errors that help, nothing imported before it is needed."""
+
+import subprocess
+import sys
+
+import pytest
+from polymodal.errors import UserError
+from polymodal.registry import MethodInfo, Registry
+
+
+def row(name="ssaw", target="collections:OrderedDict", **changes):
+    return MethodInfo(name=name, target=target, paper="A et al. 2025", summary="one line", **changes)
+
+
+class Options:
+    """Stands for a method class."""
+
+    def __init__(self, dim: int, heads: int = 2, *, mode: str = "gate") -> None:
+        if mode == "nested":
+            int("1", wrong=2)  # a TypeError of the method's own
+        self.dim, self.heads, self.mode = dim, heads, mode
+
+
+@pytest.fixture
+def table(monkeypatch):
+    monkeypatch.setitem(sys.modules, "polymodal_test_methods", type(sys)("polymodal_test_methods"))
+    sys.modules["polymodal_test_methods"].Options = Options
+    rows = [row("ssaw", "polymodal_test_methods:Options"), row("concat"), row("cross_attention")]
+    return Registry("fusion", rows)
+
+
+def test_names_keep_table_order(table):
+    assert table.names() == ["ssaw", "concat", "cross_attention"]
+    assert [r.name for r in table] == table.names()
+    assert len(table) == 3
+
+
+def test_create_passes_options(table):
+    made = table.create("ssaw", 8, mode="attention")
+    assert (made.dim, made.heads, made.mode) == (8, 2, "attention")
+
+
+def test_unknown_name_suggests_and_lists(table):
+    with pytest.raises(UserError, match=r"unknown fusion 'ssav'; did you mean ssaw\? known: ssaw, concat, cross"):
+        table.create("ssav")
+    with pytest.raises(UserError, match=r"unknown fusion 'zzz'; known:"):
+        table.info("zzz")
+
+
+def test_unknown_option_suggests(table):
+    with pytest.raises(UserError, match=r"fusion 'ssaw' has no option 'moode'; did you mean mode\?"):
+        table.create("ssaw", 8, moode="gate")
+
+
+def test_a_type_error_inside_the_method_is_not_blamed_on_the_user(table):
+    with pytest.raises(TypeError):
+        table.create("ssaw", 8, mode="nested")
+
+
+def test_duplicates_are_refused():
+    with pytest.raises(ValueError, match="'a' is registered twice"):
+        Registry("fusion", [row("a"), row("a")])
+
+
+@pytest.mark.parametrize(
+    "bad", [{"name": "SSAW"}, {"name": "a-b"}, {"target": "module.Class"}, {"fidelity": "exact"}], ids=str
+)
+def test_rows_of_the_wrong_form_are_refused(bad):
+    with pytest.raises(ValueError, match="expected"):
+        row(**bad)
+
+
+def test_listing_imports_nothing_heavy():
+    code = (
+        "import sys; from polymodal.discovery import installed_packages, listing; listing(installed_packages());"
+        "print([m for m in ('torch', 'lightning', 'wandb', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
