@@ -113,6 +113,8 @@ def test_one_run_makes_a_page_too(tmp_path):
     asked = ReportOptions(runs=(tmp_path,))
     page = render(collect(asked), "html", asked)
     assert "Every seed" not in page
+    assert "One run each." in page
+    assert "<p class=legend>" not in page
     assert "<b>90.00</b>" in page
 
 

@@ -85,10 +85,11 @@ def _scores(table: Table, colors: dict[str, str]) -> str:
         fidelity = f"<span class='badge {escape(row.fidelity)}'>{escape(row.fidelity)}</span>" if row.fidelity else "–"
         seeds = f"<td class=num title='seeds {', '.join(map(str, row.seeds))}'>{len(row.seeds)}</td>"
         rows.append(f"<tr><th>{_swatch(row.group, colors)}</th><td>{fidelity}</td>{seeds}{cells}</tr>")
+    spread = any(len(row.seeds) > 1 for row in table.rows)
     return (
         f"<div class=scroll><table class=scores><thead><tr><th>{escape(table.by)}</th><th>fidelity</th>"
         f"<th class=num>seeds</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-        "<p class=hint>Mean ± standard deviation over seeds.</p>"
+        f"<p class=hint>{'Mean ± standard deviation over seeds.' if spread else 'One run each.'}</p>"
     )
 
 
@@ -141,6 +142,8 @@ def _differences(table: Table, colors: dict[str, str]) -> str:
 
 
 def _legend(table: Table, colors: dict[str, str]) -> str:
+    if len(table.rows) < 2:
+        return ""
     return f"<p class=legend>{''.join(f'<span>{_swatch(r.group, colors)}</span>' for r in table.rows)}</p>"
 
 
