@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
-__all__ = ["LoggingConfig", "RunConfig", "TrainerConfig", "config_hash", "to_dict", "to_yaml"]
+__all__ = ["JobConfig", "LoggingConfig", "RunConfig", "TrainerConfig", "config_hash", "to_dict", "to_yaml"]
 
 
 @dataclass
@@ -68,8 +68,8 @@ class LoggingConfig:
 
 
 @dataclass
-class RunConfig:
-    """What every training command has; packages add their own groups in a subclass."""
+class JobConfig:
+    """What every command that writes a run folder has, whether it trains or only evaluates."""
 
     seed: int = 0
     """root seed; every random draw derives from it by name"""
@@ -77,14 +77,20 @@ class RunConfig:
     """folder that receives runs/<task>/<name>-<time>/"""
     name: str | None = None
     """name of the run (default: made from data and method)"""
-    resume: str | None = None
-    """run folder, checkpoint, or auto (newest unfinished run of this config)"""
     threads: int | None = None
     """intra-op CPU threads (default 1; see README)"""
+    log: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+@dataclass
+class RunConfig(JobConfig):
+    """What every training command has; packages add their own groups in a subclass."""
+
+    resume: str | None = None
+    """run folder, checkpoint, or auto (newest unfinished run of this config)"""
     dry_run: bool = False
     """check options and data, print the plan, train nothing"""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    log: LoggingConfig = field(default_factory=LoggingConfig)
 
 
 def to_dict(value: Any) -> Any:
@@ -121,7 +127,7 @@ def to_yaml(config: Any) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
 
-def config_hash(config: RunConfig) -> str:
+def config_hash(config: JobConfig) -> str:
     """Hash of everything that changes what is trained, without seed, names and output folders.
 
     Runs that differ in the seed only have the same hash: it is the W&B group and what ``--resume auto`` compares
@@ -130,6 +136,5 @@ def config_hash(config: RunConfig) -> str:
     plain = to_dict(config)
     for key in ("seed", "out", "name", "resume", "threads", "dry_run", "log"):
         plain.pop(key, None)
-    for key in ("progress",):
-        plain["trainer"].pop(key, None)
+    plain.get("trainer", {}).pop("progress", None)
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from polymodal.cli import Interrupted
-from polymodal.config import RunConfig, config_hash, to_dict, to_yaml
+from polymodal.config import JobConfig, RunConfig, config_hash, to_dict, to_yaml
 from polymodal.errors import UserError
 from polymodal.files import check_writable, write_json, write_text
 from polymodal.seeding import set_threads
@@ -43,7 +43,7 @@ class Run:
         checkpoint: checkpoint to continue from, or None.
     """
 
-    def __init__(self, folder: Path, config: RunConfig, manifest: dict[str, Any], checkpoint: Path | None) -> None:
+    def __init__(self, folder: Path, config: JobConfig, manifest: dict[str, Any], checkpoint: Path | None) -> None:
         self.folder, self.config, self.manifest, self.checkpoint = folder, config, manifest, checkpoint
         self.seed = config.seed
         self._started = time.monotonic()
@@ -54,7 +54,7 @@ class Run:
     def start(
         cls,
         task: str,
-        config: RunConfig,
+        config: JobConfig,
         *,
         name: str = "run",
         method: str = "",
@@ -78,7 +78,7 @@ class Run:
         """
         threads = set_threads(config.threads)
         checkpoint = None
-        if config.resume:
+        if isinstance(config, RunConfig) and config.resume:
             folder, checkpoint = find_resume(config.resume, task, config)
             manifest = read_manifest(folder)
             _refuse_other_data(manifest, data, folder)
@@ -103,7 +103,7 @@ class Run:
                 "seed": config.seed,
                 "threads": threads,
                 "device": "cpu",
-                "precision": config.trainer.precision,
+                "precision": config.trainer.precision if isinstance(config, RunConfig) else "32-true",
                 "versions": _versions(),
                 "git": _git(),
                 "config_hash": config_hash(config),
