@@ -142,8 +142,9 @@ def check_leaks(path: Path, report: LeakReport) -> None:
         return
     question, share = report.rejected[0]
     both = content_tokens(question.sentence, report.language) & content_tokens(question.question, report.language)
+    where = f"{path}:{question.line}" if question.line else f"{path}"
     raise UserError(
-        f"{path}:{question.line}: the question of {question.video_id!r} repeats {100 * share:.0f} % of the sentence's "
+        f"{where}: the question of {question.video_id!r} repeats {100 * share:.0f} % of the sentence's "
         f"content tokens ({', '.join(sorted(both)[:6])}); allowed are {100 * report.threshold:.0f} %; "
         f"{len(report.rejected)} of {report.clips} questions leak: rewrite them, replace them by template questions "
         f"(`slt-data build --source template`), or accept them with --allow_leaks true"
@@ -153,7 +154,7 @@ def check_leaks(path: Path, report: LeakReport) -> None:
 def format_reports(reports: Sequence[LeakReport]) -> str:
     """A Markdown table with one row a split."""
     lines = [
-        "| split | clips | without question | mean overlap | above threshold | copies of the sentence | shared |",
+        "| split | clips | without question | mean overlap | above threshold | copies | asked of other sentences too |",
         "|---|---|---|---|---|---|---|",
     ]
     for r in reports:

@@ -122,6 +122,10 @@ class Manifest(SLTData):
         counts = clip_lengths(f"{self.name} {split} {path.resolve()}", files, self.clip_length)
         return {name: sum(counts[source] for source in item.source) for name, item in items.items()}
 
+    def _read_questions(self, split: str, sentences: dict[str, str]) -> dict[str, Any]:
+        """Questions of the folder, where there is one; else those of the rows stay."""
+        return super()._read_questions(split, sentences) if self.questions_dir() is not None else {}
+
     @staticmethod
     def clip_length(path: Path) -> int:
         """Frames of one clip."""

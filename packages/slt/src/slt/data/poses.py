@@ -42,7 +42,7 @@ class Poses(Manifest):
     """Clips as landmarks: ``<root>/{train,dev,test}.jsonl`` as for ``manifest``, ``video`` being one file or a list.
 
     Files are ``.pose`` of the sign-language-processing community (MediaPipe Holistic points, read with pose-format) or
-    ``.npy`` with canonical landmarks; several are joined in time. `slt-data build --source fingerspelling` makes such
+    ``.npy`` with canonical landmarks; several are joined in time. `slt-data fingerspelling` makes such
     a folder from real recordings. Landmarks and normalisation: :mod:`slt.data.landmarks`.
     """
 
@@ -104,7 +104,9 @@ def _load(path: Path) -> np.ndarray:
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path} is not a readable .npy file ({error}); build the folder again") from error
     if points.ndim != 3 or points.shape[1:] != (COUNT, 4) or not len(points):
-        raise UserError(f"{path} has shape {points.shape}; expected (frames, {COUNT}, 4) as slt-data build writes it")
+        raise UserError(
+            f"{path} has shape {points.shape}; expected (frames, {COUNT}, 4) as slt-data fingerspelling writes it"
+        )
     loaded: np.ndarray = points.astype(np.float32)
     return loaded
 

@@ -20,7 +20,8 @@ from polymodal.files import write_text
 
 from slt.data.jsonl import Migration, header, looks_misdecoded, read_rows
 
-__all__ = ["SCHEMA", "SCHEMA_VERSION", "SOURCES", "Question", "normalise", "read_questions", "write_questions"]
+__all__ = ["SCHEMA", "SCHEMA_VERSION", "SOURCES", "Question"]
+__all__ += ["match_questions", "normalise", "read_questions", "write_questions"]
 
 SCHEMA = "slt.questions"
 SCHEMA_VERSION = 1
@@ -86,10 +87,33 @@ def read_questions(path: Path, sentences: Mapping[str, str], *, allow_missing: b
         UserError: unreadable file, bad UTF-8, bad JSON, missing or unknown keys, unknown or repeated ids, a sentence
             that differs from the annotation, clips without a question; with file, line and remedy.
     """
+    rows = [
+        _question(path, number, row)
+        for number, row in read_rows(path, SCHEMA, SCHEMA_VERSION, MIGRATIONS, option="--data.questions")
+    ]
+    return match_questions(path, rows, sentences, allow_missing=allow_missing)
+
+
+def match_questions(
+    path: Path, rows: Iterable[Question], sentences: Mapping[str, str], *, allow_missing: bool = False
+) -> dict[str, Question]:
+    """Hold questions against the annotation of a split.
+
+    Args:
+        path: the file that they came from, for messages.
+        rows: questions with their lines.
+        sentences: sentence of every clip of the split, by id.
+        allow_missing: give clips without a row an empty question instead of raising.
+
+    Returns:
+        One question per id of ``sentences``, in that order.
+
+    Raises:
+        UserError: unknown or repeated ids, a sentence that differs from the annotation, clips without a question.
+    """
     found: dict[str, Question] = {}
     unknown: list[Question] = []
-    for number, row in read_rows(path, SCHEMA, SCHEMA_VERSION, MIGRATIONS, option="--data.questions"):
-        question = _question(path, number, row)
+    for question in rows:
         earlier = found.get(question.video_id)
         if earlier is not None:
             raise UserError(
@@ -103,7 +127,7 @@ def read_questions(path: Path, sentences: Mapping[str, str], *, allow_missing: b
             raise UserError(
                 f"{path}:{question.line}: sentence of {question.video_id!r} differs from the annotation "
                 f"({_short(question.sentence)} against {_short(sentences[question.video_id])}); "
-                f"rebuild the file with `slt-data build` or correct the row"
+                f"correct the row or check that file and annotation are of one release"
             )
     if unknown:
         raise UserError(
