@@ -177,7 +177,7 @@ def parse_config(
     arguments = _expand(arguments, presets, choices)
     print_config = [a for a in arguments if a.startswith("--print_config")]
     arguments = [a for a in arguments if a not in print_config]
-    bases = [t for t in _class_typed(config_class).values()]
+    bases: list[type | str] = list(_class_typed(config_class).values())
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True, subclasses_enabled=bases)
     parser = jsonargparse.ArgumentParser(prog=prog, exit_on_error=False, add_help=False)
     parser.add_argument("--config", action="config")

@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch.loggers.logger import Logger
 
@@ -36,6 +36,7 @@ X_AXES = {
 }
 """Metric name pattern -> name of its x-axis. Packages that count rounds or tasks pass their own axis for all."""
 
+WandbMode = Literal["online", "offline"]
 HEADER = ["step", "epoch", "name", "value"]
 
 
@@ -94,7 +95,7 @@ def _rows(path: Path) -> list[list[str]]:
     return [r for r in csv.reader(io.StringIO(complete)) if len(r) == len(HEADER) and r != HEADER]
 
 
-def wandb_mode(config: LoggingConfig) -> str:
+def wandb_mode(config: LoggingConfig) -> Literal["online", "offline", "off"]:
     """``online``, ``offline`` or ``off``: auto is online only where an account is configured; never a prompt.
 
     ``WANDB_MODE`` set by the user wins over auto. Tests of a terminal or a login are left out on purpose: wandb would
@@ -103,10 +104,12 @@ def wandb_mode(config: LoggingConfig) -> str:
     if config.wandb != "auto":
         return config.wandb
     forced = os.environ.get("WANDB_MODE", "")
-    if forced in ("online", "offline"):
-        return forced
-    if forced in ("disabled", "dryrun"):
-        return "off" if forced == "disabled" else "offline"
+    if forced == "online":
+        return "online"
+    if forced in ("offline", "dryrun"):
+        return "offline"
+    if forced == "disabled":
+        return "off"
     return "online" if _has_account() else "offline"
 
 
@@ -139,7 +142,7 @@ class WandbLog(Logger):
         self,
         folder: Path,
         config: dict[str, Any],
-        mode: str,
+        mode: WandbMode,
         settings: Mapping[str, Any],
         axes: Mapping[str, str] | None = None,
     ) -> None:

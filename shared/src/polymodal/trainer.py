@@ -101,7 +101,9 @@ def _progress(config: TrainerConfig) -> list[L.Callback]:
     kind = config.progress
     if kind == "auto":
         kind = "rich" if sys.stdout.isatty() else "plain"
-    return {"rich": [RichProgress(leave=False)], "plain": [PlainProgress()], "none": []}[kind]
+    if kind == "rich":
+        return [RichProgress(leave=False)]
+    return [PlainProgress()] if kind == "plain" else []
 
 
 def _device(trainer: L.Trainer) -> str:
@@ -221,7 +223,7 @@ def fit_and_test(
         module, data, config, run, callbacks, monitor=monitor, mode=mode, stage=stage, step_offset=step_offset
     )
     load_best(module, run)
-    for callback in trainer.callbacks:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by Lightning's callback connector
         if isinstance(callback, MetricRows):
             callback.offset = step_offset + trainer.global_step
     return evaluate(module, data, trainer)

@@ -102,7 +102,7 @@ class SLTModule(TaskModule):
         if settings.optimizer == "sgd":
             optimizer = torch.optim.SGD(groups, settings.lr, momentum=settings.momentum)
         else:
-            optimizer = torch.optim.AdamW(groups, settings.lr, betas=tuple(settings.betas), fused=True)
+            optimizer = torch.optim.AdamW(groups, settings.lr, betas=(settings.betas[0], settings.betas[1]), fused=True)
         total = self.total_steps or int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(settings, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

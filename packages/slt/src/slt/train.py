@@ -69,7 +69,7 @@ def make_tokenizer(config: SLTConfig) -> Tokenizer:
     from slt.tokenizer import Tokenizer
 
     settings, data = config.tokenizer, config.data
-    kind = settings.kind
+    kind: str = settings.kind
     if kind == "auto":
         kind = "pretrained" if settings.path else data.level
     if kind == "pretrained":
@@ -224,7 +224,8 @@ def data_module(config: SLTConfig, tokenizer: Tokenizer, batch_size: int = 0) ->
 def steps_per_epoch(data: SLTDataModule, config: SLTConfig) -> int:
     """Optimizer steps of one pass over the training data."""
     data.setup("fit")
-    return -(-len(data.train_sampler) // config.trainer.accumulate)
+    batches = len(data.train_sampler) if data.train_sampler is not None else 0
+    return -(-batches // config.trainer.accumulate)
 
 
 def load_stage1(module: SLTModule, path: Path) -> None:

@@ -106,6 +106,11 @@ class SLTData:
     def prepare(self) -> None:
         """Make what must exist before reading (the synthetic world is written here); nothing for most readers."""
 
+    @property
+    def landmarks(self) -> int:
+        """Landmarks a frame; 0 where the modality is not ``pose``."""
+        return 0
+
     # --- shared behaviour ---------------------------------------------------------------------------------------
 
     def items(self, split: str) -> list[Item]:
