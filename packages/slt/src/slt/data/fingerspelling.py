@@ -9,10 +9,10 @@ clips are cut end to end.
 What can be measured honestly, hence the two splits:
 
 - ``recordings`` (default): whole sign languages are held out. The words are the same in all splits, but no recording of
-  dev or test occurs in training. Letters whose handshape is peculiar to the held-out language cannot be known; a
-  nearest-neighbour classifier on the other languages names 56 % of the letters, 75 % of the words when it knows the
-  list, and 88 % when it knows the category, which is what the question tells (experiments/fingerspelling_letters.py). Languages are dealt to ``folds`` folds in alphabetical order;
-  fold f is the test set, fold f + 1 the dev set.
+  dev or test occurs in training. Letters whose handshape is peculiar to the held-out language cannot be known: nearest
+  neighbours in the other languages name 56 % of the letters, 75 % of the words when the list is given, and 88 % when
+  the category is, which is what the question tells (experiments/fingerspelling_letters.py). Languages are dealt to
+  ``folds`` folds in alphabetical order; fold f is the test set, fold f + 1 the dev set.
 - ``words``: words are held out and all languages are in all splits. Test words were never spelled in training, but
   their letters are *the same recordings*: this measures spelling, not recognition of new recordings.
 
