@@ -210,7 +210,8 @@ def stage2_loss(model: SLTModel, batch: Batch, config: LossConfig, step: int) ->
 
     Source: arXiv 2509.14036, our reading, section 3.7; the triplet loss is GBT's, section 5.
     """
-    encoded = _encode(model, batch, video=model.uses_video or bool(config.lambda_c or config.lambda_triplet))
+    others = bool(config.lambda_c or config.lambda_triplet)
+    encoded = _encode(model, batch, questions=model.uses_question or others, video=model.uses_video or others)
     tokens, mask, _ = model.fuse(encoded.question, encoded.question_mask, encoded.sign, encoded.sign_mask)
     decoder_input, labels, label_mask = split_target(batch.sentence_ids, batch.sentence_mask)
     logits = model.translate_logits(tokens, mask, decoder_input)

@@ -71,6 +71,7 @@ class SLTModel(nn.Module):
         self.visual = VisualEncoder(config)
         self.text_encoder = build_text_encoder(config, vocab)
         self.uses_video = "video" in FUSIONS.info(config.fusion).tags
+        self.uses_question = "question" in FUSIONS.info(config.fusion).tags
         self.fusion = FUSIONS.create(config.fusion, config.width, config.heads, **config.fusion_options)
         self.translator = build_translator(config, vocab)
         self.cls_token = nn.Parameter(torch.randn(config.width) * (config.position_std or config.init_std))
@@ -228,15 +229,32 @@ class SLTModel(nn.Module):
             return states.new_zeros(states.shape[0], states.shape[2])
         return states[torch.arange(states.shape[0], device=states.device), _last_valid(mask)]
 
-    def fuse_batch(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Fused tokens, mask and weights of a batch: text encoder, visual encoder and fusion in one call."""
-        sign, sign_mask = self.encode_video(batch.frames, batch.lengths) if self.uses_video else self.no_video(batch)
-        question = self.encode_text(batch.question_ids, batch.question_mask)
-        return self.fuse(question, batch.question_mask, sign, sign_mask)
+    def encode_batch(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Visual tokens and mask of a batch; no tokens for a fusion that would not look at them."""
+        return self.encode_video(batch.frames, batch.lengths) if self.uses_video else self.no_video(batch)
+
+    def fuse_batch(
+        self, batch: Batch, video: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Fused tokens, mask and weights of a batch: text encoder, visual encoder and fusion in one call.
+
+        Args:
+            batch: clips and questions.
+            video: result of ``encode_batch`` for these clips, where they are asked several questions.
+        """
+        sign, sign_mask = self.encode_batch(batch) if video is None else video
+        limit = None if self.uses_question else 0
+        ids, mask = batch.question_ids[:, :limit], batch.question_mask[:, :limit]
+        return self.fuse(self.encode_text(ids, mask), mask, sign, sign_mask)
 
     @torch.no_grad()
     def generate(
-        self, batch: Batch, num_beams: int = 4, max_new_tokens: int = 150, length_penalty: float = 1.0
+        self,
+        batch: Batch,
+        num_beams: int = 4,
+        max_new_tokens: int = 150,
+        length_penalty: float = 1.0,
+        video: tuple[Tensor, Tensor] | None = None,
     ) -> list[list[int]]:
         """Translate a batch by beam search.
 
@@ -245,6 +263,7 @@ class SLTModel(nn.Module):
             num_beams: beams; 1 is greedy search.
             max_new_tokens: longest output in tokens, end of sentence included.
             length_penalty: exponent of the length in the beam score; above 0 favours longer outputs.
+            video: result of ``encode_batch`` for these clips, so that frames are not encoded again.
 
         Returns:
             Token ids of each translation, without tag, end and padding.
@@ -256,7 +275,7 @@ class SLTModel(nn.Module):
         check_positions(max_new_tokens, self.config, "generated text (max_new_tokens)")
         if self.training:
             raise RuntimeError("generate() in training mode would apply dropout; call model.eval() first")
-        tokens, mask, _ = self.fuse_batch(batch)
+        tokens, mask, _ = self.fuse_batch(batch, video)
         states, mask = self.encode_fused(tokens, mask)
         return generate(
             self.translator,

@@ -84,10 +84,12 @@ class FrameCNN(nn.Module):
     we follow repeats them before it, which weights the first and last frame of each clip more.)
 
     Args:
-        network: maps normalised (N, 3, H, W) to (N, ``width``).
+        network: children that, one after another, map normalised (N, 3, H, W) to (N, ``width``, 1, 1).
         width: number of features per frame.
         frames_per_pass: largest chunk in evaluation, where chunks do not change the result.
-        recompute: gradient checkpointing in training.
+        recompute: gradient checkpointing in training, stage by stage: the whole network as one stage would hold all
+            its activations at once in the backward pass after all.
+        splits: numbers of the network's children at which a stage begins.
         mean: of the pixels' three channels, 0..1.
         std: likewise.
     """
@@ -101,6 +103,7 @@ class FrameCNN(nn.Module):
         width: int,
         frames_per_pass: int = 512,
         recompute: bool = False,
+        splits: Sequence[int] = (),
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
     ) -> None:
@@ -109,6 +112,7 @@ class FrameCNN(nn.Module):
         self.width = width
         self.frames_per_pass = frames_per_pass
         self.recompute = recompute
+        self.splits = tuple(splits)
         spread = torch.tensor(std)
         self.register_buffer("scale", (1 / (255 * spread)).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("mean", (torch.tensor(mean) / spread).view(1, 3, 1, 1), persistent=False)
@@ -120,20 +124,26 @@ class FrameCNN(nn.Module):
                 f"frames of shape {tuple(frames.shape)} and type {frames.dtype}; this backbone takes (N, 3, H, W) uint8"
             )
         if self.training:
-            if self.recompute and torch.is_grad_enabled():
-
-                def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-                    return nullcontext(), _frozen_statistics(self.network)
-
-                features: Tensor = checkpoint(self._encode, frames, use_reentrant=False, context_fn=contexts)
-                return features
             return self._encode(frames)
         return torch.cat([self._encode(part) for part in torch.split(frames, self.frames_per_pass)])
 
     def _encode(self, frames: Tensor) -> Tensor:
         frames = frames.contiguous(memory_format=torch.channels_last)
-        pixels: Tensor = self.network(frames * self.scale - self.mean)
+        pixels = frames * self.scale - self.mean
+        children = list(self.network.children())
+        for start, end in zip((0, *self.splits), (*self.splits, len(children)), strict=True):
+            pixels = self._stage(nn.Sequential(*children[start:end]), pixels)
         return pixels.flatten(1)
+
+    def _stage(self, stage: nn.Sequential, pixels: Tensor) -> Tensor:
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return nullcontext(), _frozen_statistics(stage)
+
+        if self.training and self.recompute and torch.is_grad_enabled():
+            recomputed: Tensor = checkpoint(stage, pixels, use_reentrant=False, context_fn=contexts)
+            return recomputed
+        out: Tensor = stage(pixels)
+        return out
 
 
 class PoseEncoder(nn.Module):
@@ -291,6 +301,6 @@ def build_backbone(config: ModelConfig) -> FrameCNN | PoseEncoder:
         raise UserError(f"backbone_weights is for resnet18, not for backbone={config.backbone}; leave it empty")
     options = (config.frames_per_pass, config.checkpoint_frames)
     if config.backbone == "resnet18":
-        return FrameCNN(_resnet18(config.backbone_weights), 512, *options)
+        return FrameCNN(_resnet18(config.backbone_weights), 512, *options, splits=(4, 5, 6, 7))
     # Dark stays near 0, the value of the convolutions' zero padding: no edge for the max pooling to find.
-    return FrameCNN(_tiny_network(), 32, *options, mean=(0.0,) * 3, std=(1.0,) * 3)
+    return FrameCNN(_tiny_network(), 32, *options, splits=(4, 8), mean=(0.0,) * 3, std=(1.0,) * 3)
