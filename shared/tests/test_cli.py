@@ -214,3 +214,16 @@ def test_parsing_does_not_import_torch() -> None:
         "parse_config(RunConfig, ['--seed', '1']); assert 'torch' not in sys.modules, 'torch was imported'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_resume_takes_the_runs_own_configuration(tmp_path: Path) -> None:
+    run_folder = tmp_path / "runs" / "demo" / "a-1"
+    (run_folder / "checkpoints").mkdir(parents=True)
+    (run_folder / "manifest.json").write_text("{}")
+    (run_folder / "checkpoints" / "last.ckpt").write_text("")
+    (run_folder / "config.yaml").write_text(to_yaml(DemoConfig(mode="attention", data=Small(size=3))))
+    seen: list[DemoConfig] = []
+    assert run(seen.append, "--resume", str(run_folder)) == 0
+    assert run(seen.append, "--resume", str(run_folder / "checkpoints" / "last.ckpt"), "--seed", "5") == 0
+    assert [(c.mode, c.data.size, c.seed) for c in seen] == [("attention", 3, 0), ("attention", 3, 5)]
+    assert seen[0].resume == str(run_folder)

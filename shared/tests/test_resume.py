@@ -11,6 +11,11 @@ import pytest
 import torch
 
 
+def resume(what: object) -> tuple[object, ...]:
+    """Continue a run without the accident that its own configuration repeats."""
+    return ("--resume", what, "--kill_at", -1, "--kill_in_write", -1, "--interrupt_at", -1)
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     return {
@@ -53,7 +58,7 @@ def test_killed_at_any_step(toy_run, whole: Path) -> None:
         code, folder, _ = toy_run("--kill_at", step, out=f"kill{step}")
         assert code == -9
         assert manifest(folder)["status"] == "running"
-        code, again, error = toy_run("--resume", folder, out=f"kill{step}")
+        code, again, error = toy_run(*resume(folder), out=f"kill{step}")
         assert (code, again) == (0, folder), error
         same(whole, folder)
 
@@ -62,15 +67,15 @@ def test_killed_in_the_middle_of_a_checkpoint_write(toy_run, whole: Path) -> Non
     for write in (1, 2, 3, 4, 7):
         code, folder, _ = toy_run("--kill_in_write", write, out=f"write{write}")
         assert code == -9
-        code, _, error = toy_run("--resume", folder, out=f"write{write}")
+        code, _, error = toy_run(*resume(folder), out=f"write{write}")
         assert code == 0, error
         same(whole, folder)
 
 
 def test_killed_twice(toy_run, whole: Path) -> None:
     _, folder, _ = toy_run("--kill_at", 5, out="twice")
-    assert toy_run("--resume", folder, "--kill_at", 9, out="twice")[0] == -9
-    assert toy_run("--resume", folder, out="twice")[0] == 0
+    assert toy_run(*resume(folder), "--kill_at", 9, out="twice")[0] == -9
+    assert toy_run(*resume(folder), out="twice")[0] == 0
     same(whole, folder)
     assert len(manifest(folder)["resumed"]) == 2
 
@@ -78,7 +83,7 @@ def test_killed_twice(toy_run, whole: Path) -> None:
 def test_workers_change_nothing(toy_run, whole: Path) -> None:
     code, folder, error = toy_run("--workers", 2, "--kill_at", 9, out="workers")
     assert code == -9, error
-    code, _, error = toy_run("--workers", 2, "--resume", folder, out="workers")
+    code, _, error = toy_run("--workers", 2, *resume(folder), out="workers")
     assert code == 0, error
     same(whole, folder)
 
@@ -89,8 +94,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(toy_run, whole: Path) -> None:
         assert code == 130
         assert f"--resume {folder}" in error
         assert manifest(folder)["status"] == "interrupted"
-        assert toy_run("--resume", "auto", "--interrupt_at", step, out=f"int{step}")[0] in (0, 130)
-        code, _, error = toy_run("--resume", folder, out=f"int{step}")
+        assert toy_run(*resume("auto"), "--interrupt_at", step, out=f"int{step}")[0] in (0, 130)
+        code, _, error = toy_run(*resume(folder), out=f"int{step}")
         same(whole, folder)
 
 
@@ -101,14 +106,14 @@ def test_damaged_checkpoint_falls_back_and_says_so(toy_run, whole: Path) -> None
     middle = len(content) // 2
     content[middle : middle + 2000] = bytes(2000)
     last.write_bytes(content)
-    code, _, error = toy_run("--resume", folder, out="bad")
+    code, _, error = toy_run(*resume(folder), out="bad")
     assert code == 0
     assert "damaged" in error
     assert "going on from previous.ckpt" in error
     same(whole, folder)
     for name in ("last", "previous"):
         (folder / "checkpoints" / f"{name}.ckpt").write_bytes(b"nothing")
-    code, _, error = toy_run("--resume", folder, out="bad")
+    code, _, error = toy_run(*resume(folder), out="bad")
     assert code == 2
     assert error.count("\n") == 1
     assert "damaged" in error
@@ -116,13 +121,13 @@ def test_damaged_checkpoint_falls_back_and_says_so(toy_run, whole: Path) -> None
 
 def test_finished_run_and_other_data(toy_run, whole: Path) -> None:
     before = rows(whole)
-    code, _, error = toy_run("--resume", whole, out="whole")
+    code, _, error = toy_run(*resume(whole), out="whole")
     assert code == 0, error
     assert rows(whole) == before
-    code, _, error = toy_run("--resume", whole, "--samples", 40, out="whole")
+    code, _, error = toy_run(*resume(whole), "--samples", 40, out="whole")
     assert code == 2
     assert "data changed" in error
-    assert toy_run("--resume", "auto", out="whole")[0] == 2
+    assert toy_run(*resume("auto"), out="whole")[0] == 2
     assert toy_run("--resume", "/nowhere", out="whole")[0] == 2
 
 
@@ -133,7 +138,7 @@ def test_manual_optimisation_advances_global_step(toy_run) -> None:
     assert checkpoint["global_step"] == 18
     assert max(int(r[0]) for r in rows(folder)[1:]) == 18
     _, killed, _ = toy_run("--manual", "true", "--trainer.clip_grad", 0, "--kill_at", 9, out="manual2")
-    code, _, error = toy_run("--manual", "true", "--trainer.clip_grad", 0, "--resume", killed, out="manual2")
+    code, _, error = toy_run("--manual", "true", "--trainer.clip_grad", 0, *resume(killed), out="manual2")
     assert code == 0, error
     same(folder, killed)
 

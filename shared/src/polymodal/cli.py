@@ -212,9 +212,13 @@ def _spell(argument: str, aliases: Mapping[str, str]) -> str:
 
 
 def _with_default_preset(arguments: list[str], presets: Mapping[str, str], prog: str) -> list[str]:
-    """Put the preset of the chosen data in front, unless a configuration was named."""
-    if not presets or any(a == "--config" or a.startswith("--config=") for a in arguments):
+    """Put the resumed run's own configuration, or the preset of the chosen data, in front unless one was named."""
+    if any(a == "--config" or a.startswith("--config=") for a in arguments):
         return arguments
+    resumed = Path(_value_of("resume", arguments) or ".nothing")
+    for folder in (resumed, resumed.parent.parent):
+        if (folder / "manifest.json").is_file() and (folder / "config.yaml").is_file():
+            return ["--config", str(folder), *arguments]
     data = _value_of("data", arguments)
     preset = presets.get(data)
     if preset is None:

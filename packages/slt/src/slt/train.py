@@ -216,7 +216,6 @@ def data_module(config: SLTConfig, tokenizer: Tokenizer, batch_size: int = 0) ->
         tokenizer,
         loader,
         seed=config.seed,
-        max_question_tokens=config.loader.max_question_tokens,
         max_positions=config.model.max_positions,
     )
 

@@ -41,7 +41,6 @@ class SLTDataModule(L.LightningDataModule):
         tokenizer: see :class:`slt.data.collate.TextEncoder`.
         config: loader options.
         seed: root seed of order, augmentation, masking and question dropout.
-        max_question_tokens: questions are cut to so many tokens.
         max_positions: longest sentence in tokens; a longer one is an error.
         load_frames: false decodes no frames, for a model that looks at the question only.
 
@@ -56,13 +55,12 @@ class SLTDataModule(L.LightningDataModule):
         config: LoaderConfig,
         *,
         seed: int = 0,
-        max_question_tokens: int = 64,
         max_positions: int = 1024,
         load_frames: bool = True,
     ) -> None:
         super().__init__()
         self.reader, self.config, self.seed = reader, config, seed
-        self.collate = Collate(tokenizer, reader.level, max_question_tokens, max_positions)
+        self.collate = Collate(tokenizer, reader.level, config.max_question_tokens, max_positions)
         self.load_frames = load_frames
         self.train_sampler: LengthBucketBatchSampler | None = None
         self._train_loader: LazyLoader | None = None

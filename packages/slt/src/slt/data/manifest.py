@@ -50,6 +50,7 @@ class Manifest(SLTData):
     name: ClassVar[str] = "manifest"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         stated = _dataset_file(self.root)
         self.language = self.language or str(stated.get("language", "en_XX"))
         self.level = self.level or str(stated.get("level", "word"))
