@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import subprocess
 import sys
 
 import numpy as np
@@ -232,3 +233,15 @@ def test_readers_travel_to_workers(world):
     reader.items("train")
     again = pickle.loads(pickle.dumps(reader))
     assert again.fingerprint() == reader.fingerprint()
+
+
+def test_the_command_and_the_readers_import_no_torch():
+    code = """
+import sys, slt.data, slt.data_command
+from slt.data import READERS, reader_class
+for name in READERS: reader_class(name)
+import slt.data.cache, slt.data.fingerspelling, slt.data.survey, slt.data.templates, slt.data.gbt
+heavy = {"torch", "transformers", "lightning", "pose_format", "av", "torchcodec"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -5,7 +5,7 @@ from polymodal.errors import UserError
 from slt.data.gbt import convert
 from slt.data.leak import content_tokens, leak_report
 from slt.data.questions import Question
-from slt.data.templates import TOPICS, build_template_questions, template_question, topic_of
+from slt.data.templates import PROMPT, TOPICS, build_template_questions, template_question, topic_of
 
 PHOENIX = """dev/11August_2010_Wednesday_tagesschau-2 ja guten abend%wie beginnt es ?%GUT ABEND
 dev/clip-2 morgen regnet es%%MORGEN REGEN
@@ -96,3 +96,9 @@ def test_topics_are_found_and_questions_are_deterministic():
     assert len(texts) == 2
     with pytest.raises(UserError, match="no template table"):
         topic_of("x", "fr")
+
+
+def test_the_prompt_names_what_it_needs():
+    text = PROMPT.format(language="German", sentence="morgen regnet es")
+    assert "morgen regnet es" in text
+    assert text.count("German") == 2

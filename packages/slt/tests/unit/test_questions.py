@@ -3,8 +3,11 @@
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from polymodal.errors import UserError
 from slt.data import questions
+from slt.data.jsonl import looks_misdecoded
 from slt.data.questions import Question, normalise, read_questions, write_questions
 
 SENTENCES = {"a": "morgen regnet es", "b": "am tag sonne", "c": "gute nacht"}
@@ -135,3 +138,31 @@ def test_normalise_takes_out_case_blanks_and_unicode_form():
     assert normalise("  SCHo\u0308n \t ist  es ") == normalise("schön ist es")
     assert normalise("我 们 去") == normalise("我们去")
     assert normalise("a b") != normalise("ab")
+
+
+@pytest.mark.parametrize(
+    "text", ["schÃ¶n", "was fÃ¼r ein Tag â€“ heute ?", "ä½\xa0å¥½", "cafÃ©", "ov\x8de", "a\ufffdb"]
+)
+def test_wrongly_decoded_texts_are_seen(text):
+    assert looks_misdecoded(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["schön", "un CAFÉ»", "»Ä«", "naïve Übung, ß", "你好吗？", "Où va-t-il à\xa0?", "don’t"]
+)
+def test_odd_but_right_texts_pass(text):
+    assert not looks_misdecoded(text)
+
+
+@given(
+    st.lists(
+        st.text(st.characters(codec="utf-8", categories=["L", "N", "P", "Zs"], min_codepoint=32, max_codepoint=0x24F)),
+        max_size=5,
+    )
+)
+def test_any_text_survives_a_round_trip(tmp_path_factory, texts):
+    texts = [" ".join(t.split()) for t in texts if not looks_misdecoded(t)]
+    path = tmp_path_factory.mktemp("q") / "q.jsonl"
+    rows = [Question(f"v{n}", text, "satz") for n, text in enumerate(texts)]
+    write_questions(path, rows)
+    assert list(read_questions(path, {q.video_id: "satz" for q in rows}).values()) == rows

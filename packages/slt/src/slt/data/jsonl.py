@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from polymodal.errors import UserError
 
 __all__ = ["Migration", "header", "looks_misdecoded", "read_rows"]
 
+_COMMON = re.compile("[\u00c0-\u00ff\u0370-\u045f\u2010-\u203a\u20ac\u3000-\u9fff\uff00-\uffef]")
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
 
 
@@ -59,15 +61,21 @@ def read_rows(
 
 
 def looks_misdecoded(text: str) -> bool:
-    """Whether the text holds the replacement character or is UTF-8 once read as Latin-1 or Windows-1252."""
-    if "\ufffd" in text:
+    """Whether the text was decoded wrongly before it was written.
+
+    That is: it holds the replacement character or a C1 control, or it is UTF-8 read as Latin-1 or Windows-1252. The
+    last is believed only if undoing it gives characters that are common in writing, so that an upper-case accent
+    before a guillemet is not mistaken for it.
+    """
+    if any(c == "\ufffd" or "\x80" <= c <= "\x9f" for c in text):
         return True
     for encoding in ("cp1252", "latin-1"):
         try:
-            if text.encode(encoding).decode("utf-8") != text:
-                return True
+            undone = text.encode(encoding).decode("utf-8")
         except UnicodeError:
             continue
+        if undone != text and all(c.isascii() or _COMMON.match(c) for c in undone):
+            return True
     return False
 
 

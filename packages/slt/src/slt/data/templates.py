@@ -16,7 +16,18 @@ from polymodal.seeding import derive
 from slt.data.leak import content_tokens
 from slt.data.questions import Question, normalise
 
-__all__ = ["TOPICS", "Topic", "build_template_questions", "template_question", "topic_of"]
+__all__ = ["PROMPT", "TOPICS", "Topic", "build_template_questions", "template_question", "topic_of"]
+
+
+PROMPT = """\
+In a conversation, somebody asked a question in {language} and another person answered, in sign language:
+{sentence}
+Write the question in {language}: one short sentence that this answer fits and that other answers would fit too. Use
+none of the answer's nouns, verbs, adjectives, numbers or names, and nothing that tells what the answer is.
+Return the question only.
+"""
+"""For any language model, offline, as a third source (``source="llm"``). The writer sees the sentence, so the leak
+validator has the last word: ``slt-data validate`` rejects questions that repeat the sentence."""
 
 
 @dataclass(frozen=True)
