@@ -16,6 +16,7 @@ from polymodal.errors import UserError
 from slt.data import READERS
 from slt.data.base import SPLITS, SLTData
 from slt.data.synthetic import Synthetic
+from slt.progress import progress_line
 
 __all__ = ["main"]
 
@@ -162,7 +163,7 @@ def validate(config: ValidateConfig) -> None:
     _say(f"{data.name}: layout, annotation and questions can be read ({sizes} clips)")
     reports = leak_reports(data, config.threshold)
     _say("\n" + format_reports([report for _, report in reports]) + "\n")
-    problems = broken_clips(data, config.frames, progress=_progress("clips decoded"))
+    problems = broken_clips(data, config.frames, progress=progress_line("clips decoded"))
     for problem in problems[:20]:
         _say(f"broken: {problem}")
     if problems:
@@ -232,7 +233,7 @@ def cache(config: CacheConfig) -> None:
 
     data = config.data
     out = config.out or cache_dir("slt", config.what, f"{data.name}-{data.fingerprint()[:12]}")
-    start, progress = time.monotonic(), _progress("clips cached")
+    start, progress = time.monotonic(), progress_line("clips cached")
     if config.what == "frames":
         total = build_frame_cache(
             data, out, size=config.size, workers=config.workers, overwrite=config.overwrite, progress=progress
@@ -323,26 +324,6 @@ def fingerspelling(config: FingerspellingConfig) -> None:
 
 def _say(text: str) -> None:
     sys.stdout.write(text + "\n")
-
-
-def _progress(what: str) -> Callable[[int, int], None]:
-    """A line on stderr: rewritten on a terminal, every tenth elsewhere; with rate and time left."""
-    first: list[float] = []  # time of the first call: imports and counting come before it
-    live = sys.stderr.isatty()
-
-    def show(done: int, total: int) -> None:
-        now = time.monotonic()
-        if not first:
-            first.append(now)
-        if not live and done % max(1, total // 10) and done != total:
-            return
-        rate = (done - 1) / max(1e-9, now - first[0])
-        left = f", {rate:.1f}/s, {(total - done) / rate:.0f} s left" if rate else ""
-        sys.stderr.write(f"\r{what}: {done}/{total}{left}\x1b[K" if live else f"{what}: {done}/{total}{left}\n")
-        if live and done == total:
-            sys.stderr.write("\n")
-
-    return show
 
 
 _TABLE: dict[str, tuple[str, Callable[[Any], None], type[Any], str]] = {

@@ -79,10 +79,16 @@ class SLTModule(TaskModule):
         rows = zip(batch.ids, batch.sentences, texts, batch.questions, strict=True)
         return {name: {"reference": ref, "hypothesis": hyp, "question": ask} for name, ref, hyp, ask in rows}
 
-    def translate(self, batch: Batch, beams: int | None = None) -> list[str]:
-        """Translations of a batch by beam search."""
+    def translate(
+        self, batch: Batch, beams: int | None = None, video: tuple[Tensor, Tensor] | None = None
+    ) -> list[str]:
+        """Translations of a batch by beam search; ``video``: result of ``model.encode_batch``, where it is there."""
         ids = self.model.generate(
-            batch, beams or self.decode.beams, self.max_new_tokens, length_penalty=self.decode.length_penalty
+            batch,
+            beams or self.decode.beams,
+            self.max_new_tokens,
+            length_penalty=self.decode.length_penalty,
+            video=video,
         )
         return [self.tokenizer.decode(row) for row in ids]
 
@@ -108,8 +114,12 @@ class SLTModule(TaskModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the vocabulary's fingerprint."""
-        checkpoint["slt"] = {"vocabulary": self.tokenizer.sha, "stage": self.stage}
+        """Store the vocabulary's fingerprint, and the length limit, so that translating needs no training data."""
+        checkpoint["slt"] = {
+            "vocabulary": self.tokenizer.sha,
+            "stage": self.stage,
+            "max_new_tokens": self.max_new_tokens,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another vocabulary."""

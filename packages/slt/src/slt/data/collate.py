@@ -163,6 +163,16 @@ class Collate:
             positives=torch.tensor([sentence_id(s.sentence) for s in samples], dtype=torch.int64),
         )
 
+    def ask(self, batch: Batch, questions: Sequence[str]) -> Batch:
+        """The same clips with other questions, one for each; corrupted copies stay as they are.
+
+        Args:
+            batch: B clips.
+            questions: B texts; empty where there is none.
+        """
+        ids, mask = self._pad([self._question(self.tokenizer.encode(q)) if q else [] for q in questions])
+        return replace(batch, questions=list(questions), question_ids=ids, question_mask=mask)
+
     def _units(self, units: Sequence[str]) -> list[int]:
         return self.tokenizer.encode_words(list(units), self.level) if units else []
 
