@@ -1,4 +1,7 @@
-"""Continual semantic segmentation with enhanced instance replay. (not here yet: this package holds no method so far)."""
+"""Continual semantic segmentation with enhanced instance replay.
+
+Not here yet: this package holds no method so far.
+"""
 
 __version__ = "0.1.0"
 __all__ = ["__version__"]

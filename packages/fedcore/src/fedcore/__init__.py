@@ -1,4 +1,7 @@
-"""Federated optimizers and their simulation on one machine. (not here yet: this package holds no method so far)."""
+"""Federated optimizers and their simulation on one machine.
+
+Not here yet: this package holds no method so far.
+"""
 
 __version__ = "0.1.0"
 __all__ = ["__version__"]
