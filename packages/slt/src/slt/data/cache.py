@@ -249,7 +249,7 @@ def with_feature_cache(
         )
         return reader
     settings = _feature_settings(weights_hash(backbone), frame_size, resize)
-    command = f"slt-data cache --what features --data {reader.name} --out {folder}"
+    command = f"slt-data cache --what features --data {reader.name} --weights FILE --out {folder}"
     return cast(SLTData, CachedReader(reader, folder, settings, "features", command))
 
 
