@@ -64,6 +64,17 @@ def test_step_seed_fixes_dropout_and_explicit_draws():
     assert not torch.equal(first[:3], first[3:])
 
 
+def test_step_seed_is_the_one_of_manual_seed_and_queues_nothing_for_devices_not_started():
+    seed_step(5, 1, 0)
+    found = torch.rand(3)
+    torch.manual_seed(derive(5, "global", 1, 0))
+    assert torch.equal(found, torch.rand(3))
+    if not torch.cuda.is_initialized():
+        before = len(torch.cuda._queued_calls), len(torch.xpu._queued_calls)
+        seed_step(5, 2, 0)
+        assert (len(torch.cuda._queued_calls), len(torch.xpu._queued_calls)) == before
+
+
 def test_threads_default_to_one_and_refuse_zero():
     before = torch.get_num_threads()
     try:
