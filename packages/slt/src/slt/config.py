@@ -17,12 +17,12 @@ class ModelConfig:
     Defaults follow GFSLT-VLP's code (ResNet-18, mBART text encoder of 12 layers, translator of 3 + 3 layers).
     """
 
-    backbone: Literal["resnet18", "tiny", "pose"] = "resnet18"
-    """frame encoder: resnet18 (224 px frames), tiny (small frames, CPU), pose (landmarks)"""
+    backbone: Literal["resnet18", "tiny", "pose", "features"] = "resnet18"
+    """frame encoder: resnet18 (224 px), tiny (small frames, CPU), pose (landmarks), features (from a cache)"""
     backbone_weights: str | None = None
     """file with ImageNet weights of torchvision's resnet18 (.pth or .safetensors); empty: random"""
     pose_landmarks: int = 0
-    """landmarks per frame (backbone pose only)"""
+    """landmarks per frame (backbone pose only; 0: as the data has)"""
     pose_width: int = 128
     """width of the landmark network"""
     padding: Literal["gfslt", "vac"] = "gfslt"
@@ -80,8 +80,6 @@ class ModelConfig:
                 )
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"dropout={self.dropout}; expected 0 <= dropout < 1")
-        if self.backbone == "pose" and self.pose_landmarks < 1:
-            raise UserError("backbone=pose needs pose_landmarks >= 1, the number of landmarks per frame")
 
 
 @dataclass

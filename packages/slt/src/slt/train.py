@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from polymodal.run import Run
 
     from slt.audit import AuditReport
+    from slt.data.base import SLTData
     from slt.data.datamodule import SLTDataModule
     from slt.module import SLTModule
     from slt.tokenizer import Tokenizer
@@ -212,12 +213,40 @@ def data_module(config: SLTConfig, tokenizer: Tokenizer, batch_size: int = 0) ->
 
     loader = dataclasses.replace(config.loader, batch_size=batch_size) if batch_size else config.loader
     return SLTDataModule(
-        config.data,
+        cached_reader(config),
         tokenizer,
         loader,
         seed=config.seed,
         max_positions=config.model.max_positions,
     )
+
+
+def cached_reader(config: SLTConfig) -> SLTData:
+    """The reader, with frames or features from a cache where the configuration names one.
+
+    Raises:
+        UserError: no cache there, one of other settings, or features together with augmentation.
+    """
+    import dataclasses
+
+    from slt.data.cache import with_feature_cache, with_frame_cache
+
+    loader, features = config.loader, config.model.backbone == "features"
+    if features != (loader.feature_cache is not None):
+        raise UserError("model.backbone=features and loader.feature_cache go together; give both or none")
+    if features and loader.augment != "none":
+        raise UserError("cached features are of frames without augmentation; add --loader.augment none")
+    reader = config.data
+    if loader.frame_cache is not None:
+        reader = with_frame_cache(reader, loader.frame_cache, loader.resize or loader.frame_size)
+    if loader.feature_cache is not None:
+        from slt.models.visual import build_backbone
+
+        frozen = build_backbone(dataclasses.replace(config.model, backbone="resnet18"))
+        reader = with_feature_cache(
+            reader, loader.feature_cache, frozen, frame_size=loader.frame_size, resize=loader.resize
+        )
+    return reader
 
 
 def steps_per_epoch(data: SLTDataModule, config: SLTConfig) -> int:
@@ -244,23 +273,23 @@ def load_stage1(module: SLTModule, path: Path) -> None:
     transfer_stage1(module.model, checkpoint["state_dict"])
 
 
-def show(run: Run, metrics: dict[str, float], report: AuditReport | None) -> None:
+def show(run: Run, metrics: dict[str, float], report: AuditReport | None, split: str = "test") -> None:
     """The closing table, the run folder, the command that shows more, the W&B upload command."""
     if report is not None:
         sys.stdout.write("\n" + report.to_text())
     else:
         sys.stdout.write("\n" + "\n".join(f"{k:<24} {v:.3f}" for k, v in metrics.items()) + "\n")
-    sys.stdout.write(samples_text(run))
+    sys.stdout.write(samples_text(run, split))
     sys.stdout.write(f"\nrun folder  {run.folder}\nmore        polymodal report {run.folder} --html\n")
     if run.sync_command:
         sys.stdout.write(f"upload      {run.sync_command}\n")
 
 
-def samples_text(run: Run) -> str:
+def samples_text(run: Run, split: str = "test") -> str:
     """Translations of the sample table, for the terminal."""
     import json
 
-    path = run.folder / "samples" / "test-translations.jsonl"
+    path = run.folder / "samples" / f"{split}-translations.jsonl"
     if not path.is_file():
         return ""
     rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

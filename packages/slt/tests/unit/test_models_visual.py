@@ -154,7 +154,15 @@ def test_pose_shape_is_checked():
     with pytest.raises(UserError, match=r"\(N, 4, 4\)"):
         model(torch.zeros(3, 5, 4), torch.tensor([3]))
     with pytest.raises(UserError, match="pose_landmarks"):
-        toy.small_config(backbone="pose")
+        VisualEncoder(toy.small_config(backbone="pose"))
+
+
+def test_cached_features_pass_and_other_shapes_are_named():
+    model = VisualEncoder(toy.small_config(backbone="features"))
+    tokens, mask = model(torch.randn(9, 512), torch.tensor([4, 5]))
+    assert mask.sum(1).tolist() == [token_length(4, "gfslt"), token_length(5, "gfslt")]
+    with pytest.raises(UserError, match="feature_cache"):
+        model(torch.zeros(3, 3, 24, 24, dtype=torch.uint8), torch.tensor([3]))
 
 
 def test_resnet_weights_come_from_a_file_and_are_checked(tmp_path):

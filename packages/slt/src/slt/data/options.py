@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from polymodal.errors import UserError
@@ -40,6 +41,10 @@ class LoaderConfig:
     """which words the restoration task masks in training"""
     corruption_rate: float = 0.15
     """upper end of the masked share, 0..1"""
+    frame_cache: Path | None = None
+    """folder that slt-data cache wrote, with frames of size resize"""
+    feature_cache: Path | None = None
+    """folder of features of a frozen resnet18 (slt-data cache --what features); with model.backbone=features"""
     cache_frames: bool | None = None
     """keep decoded clips in memory; empty: where num_workers is 0 and they need at most cache_mib"""
     cache_mib: int = 1024

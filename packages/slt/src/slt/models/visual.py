@@ -14,7 +14,16 @@ from slt.config import ModelConfig
 from slt.models.weights import load_tensors
 from slt.ops.lengths import SCHEMES, padded_length, token_length
 
-__all__ = ["FrameCNN", "PoseEncoder", "TemporalConv", "VisualEncoder", "build_backbone", "edge_padding", "pad_clips"]
+__all__ = [
+    "CachedFeatures",
+    "FrameCNN",
+    "PoseEncoder",
+    "TemporalConv",
+    "VisualEncoder",
+    "build_backbone",
+    "edge_padding",
+    "pad_clips",
+]
 
 KERNEL = 5
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -183,6 +192,27 @@ class PoseEncoder(nn.Module):
         return features
 
 
+class CachedFeatures(nn.Module):
+    """Frame features that a frozen ResNet-18 made once (``loader.feature_cache``); nothing to compute.
+
+    Args:
+        width: features per frame.
+    """
+
+    def __init__(self, width: int = 512) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """(N, width) float → the same."""
+        if frames.dim() != 2 or frames.shape[1] != self.width:
+            raise UserError(
+                f"frames of shape {tuple(frames.shape)}; backbone=features takes (N, {self.width}) cached features: "
+                "give their folder with --loader.feature_cache"
+            )
+        return frames
+
+
 class TemporalConv(nn.Module):
     """Conv5 - BN - ReLU - max pool 2, twice, over clips laid end to end.
 
@@ -289,13 +319,17 @@ def _resnet18(weights: str | None) -> nn.Module:
     return network
 
 
-def build_backbone(config: ModelConfig) -> FrameCNN | PoseEncoder:
+def build_backbone(config: ModelConfig) -> FrameCNN | PoseEncoder | CachedFeatures:
     """The frame encoder named by the settings; never downloads.
 
     Raises:
         UserError: ``backbone_weights`` is not a ResNet-18.
     """
+    if config.backbone == "features":
+        return CachedFeatures()
     if config.backbone == "pose":
+        if config.pose_landmarks < 1:
+            raise UserError("backbone=pose needs pose_landmarks >= 1, the number of landmarks per frame")
         return PoseEncoder(config.pose_landmarks, config.pose_width)
     if config.backbone_weights is not None and config.backbone != "resnet18":
         raise UserError(f"backbone_weights is for resnet18, not for backbone={config.backbone}; leave it empty")
