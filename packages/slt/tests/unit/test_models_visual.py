@@ -160,6 +160,7 @@ def test_pose_shape_is_checked():
 def test_cached_features_pass_and_other_shapes_are_named():
     model = VisualEncoder(toy.small_config(backbone="features"))
     tokens, mask = model(torch.randn(9, 512), torch.tensor([4, 5]))
+    assert tokens.shape[:2] == mask.shape
     assert mask.sum(1).tolist() == [token_length(4, "gfslt"), token_length(5, "gfslt")]
     with pytest.raises(UserError, match="feature_cache"):
         model(torch.zeros(3, 3, 24, 24, dtype=torch.uint8), torch.tensor([3]))

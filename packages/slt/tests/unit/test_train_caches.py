@@ -31,11 +31,10 @@ def test_frame_cache_gives_the_same_batches(config: SLTConfig, tmp_path: Path) -
     cached = dataclasses.replace(config, loader=dataclasses.replace(config.loader, frame_cache=tmp_path / "cache"))
     assert type(cached_reader(cached)).__name__ == "CachedReader"
     assert torch.equal(first_batch(cached), first_batch(config))
+    build_frame_cache(config.data, tmp_path / "other", size=12)
+    other = dataclasses.replace(config, loader=dataclasses.replace(config.loader, frame_cache=tmp_path / "other"))
     with pytest.raises(UserError, match="build another one"):
-        build_frame_cache(config.data, tmp_path / "other", size=12)
-        cached_reader(
-            dataclasses.replace(config, loader=dataclasses.replace(config.loader, frame_cache=tmp_path / "other"))
-        )
+        cached_reader(other)
 
 
 def test_feature_cache_feeds_the_features_backbone(config: SLTConfig, tmp_path: Path) -> None:
