@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -35,6 +36,13 @@ class TaskModule(L.LightningModule, ABC):
         self.last_metrics: dict[str, float] = {}
         self.grad_norm: Tensor | None = None
         self._records: dict[str, Any] = {}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; Lightning's note of the running hook, 50 times a step, is no parameter or module."""
+        if name == "_current_fx_name":
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
 
     @abstractmethod
     def loss(self, batch: Any, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -73,6 +81,9 @@ class TaskModule(L.LightningModule, ABC):
         loss, logs = self.loss(batch, generator)
         self.train_logs = {"loss": loss.detach(), **logs}
         return loss
+
+    # Lightning asks for it at every step; stored, it is not worked out again.
+    training_step.__signature__ = inspect.signature(training_step)  # type: ignore[attr-defined]
 
     def on_validation_epoch_start(self) -> None:
         """Start collecting."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.profilers import PassThroughProfiler
 
 from polymodal.callbacks import (
     AtomicCheckpointIO,
@@ -32,6 +33,15 @@ from polymodal.task import TaskModule
 __all__ = ["build_trainer", "evaluate", "fit", "fit_and_test", "load_best", "quiet_lightning", "resume_checkpoint"]
 
 log = logging.getLogger(__name__)
+_NOTHING = contextlib.nullcontext()
+
+
+class _NoProfiler(PassThroughProfiler):
+    """Lightning's empty profiler without the generator that it makes and runs for each of 50 hooks a step."""
+
+    def profile(self, action_name: str) -> Any:
+        """A context that does nothing, always the same."""
+        return _NOTHING
 
 
 def build_trainer(
@@ -88,6 +98,7 @@ def build_trainer(
         "enable_progress_bar": any(isinstance(c, RichProgress) for c in shared),
         "num_sanity_val_steps": 0,
         "use_distributed_sampler": False,
+        "profiler": _NoProfiler(),
     }
     try:
         trainer = L.Trainer(**{**arguments, **config.extra})
