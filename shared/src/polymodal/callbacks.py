@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -66,6 +67,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"no checkpoint at {path}") from error
     except (zipfile.BadZipFile, EOFError, RuntimeError, OSError) as error:
         raise UserError(f"checkpoint {path} is damaged ({' '.join(str(error).split())[:100]})") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"checkpoint {path} holds more than tensors and plain values, which could run code; give a checkpoint "
+            "that this project wrote"
+        ) from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise UserError(f"checkpoint {path} has no state_dict; give a checkpoint that this project wrote")
     version = checkpoint.get("polymodal", {}).get("schema_version", 0)
     if version > SCHEMA_VERSION:
         raise UserError(f"checkpoint {path}: schema version {version} is newer than this polymodal reads")
