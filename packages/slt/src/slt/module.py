@@ -19,7 +19,10 @@ from slt.models.translator import SLTModel
 from slt.settings import DecodeConfig, OptimConfig
 from slt.tokenizer import Tokenizer
 
-__all__ = ["SLTModule"]
+__all__ = ["CHECKPOINT_VERSION", "SLTModule", "check_vocabulary"]
+
+CHECKPOINT_VERSION = 1
+"""Schema of what a checkpoint says under ``slt``; a newer one is refused."""
 
 
 class SLTModule(TaskModule):
@@ -116,6 +119,7 @@ class SLTModule(TaskModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the vocabulary's fingerprint, and the length limit, so that translating needs no training data."""
         checkpoint["slt"] = {
+            "schema_version": CHECKPOINT_VERSION,
             "vocabulary": self.tokenizer.sha,
             "stage": self.stage,
             "max_new_tokens": self.max_new_tokens,

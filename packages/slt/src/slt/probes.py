@@ -4,24 +4,45 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import lightning as L
+from polymodal.files import write_json, write_text
 from polymodal.seeding import numpy_rng
 
 from slt.audit import AuditReport, audit_report
+from slt.predictions import write_predictions
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from polymodal.run import Run
 
+    from slt.data.base import Item
     from slt.data.datamodule import SLTDataModule
     from slt.module import SLTModule
     from slt.settings import SLTConfig
     from slt.tokenizer import Tokenizer
 
-__all__ = ["audit_run", "predict", "question_only_predictions", "shuffled_questions"]
+__all__ = ["TextOptions", "audit_run", "predict", "question_only_predictions", "record_audit", "shuffled_questions"]
 
 log = logging.getLogger(__name__)
+
+
+class TextOptions(Protocol):
+    """What scores must know about texts; every reader does."""
+
+    @property
+    def level(self) -> str:
+        """Unit of scores, ``word`` or ``char``."""
+
+    @property
+    def lowercase(self) -> bool:
+        """Whether texts are lower-cased."""
+
+    @property
+    def append_period(self) -> bool:
+        """Whether " ." was appended to the references."""
 
 
 def shuffled_questions(questions: list[str], seed: int) -> list[str]:
@@ -97,8 +118,6 @@ def _bare_trainer(config: SLTConfig, run: Run) -> L.Trainer:
 
 def audit_run(config: SLTConfig, run: Run, module: SLTModule, data: SLTDataModule, tokenizer: Tokenizer) -> AuditReport:
     """Score the tested model next to its probes; writes ``audit.json``, ``audit.md`` and the table of samples."""
-    from polymodal.files import write_json, write_text
-
     items = config.data.items("test")
     ids = [item.id for item in items]
     questions = {item.id: item.question for item in items}
@@ -111,35 +130,55 @@ def audit_run(config: SLTConfig, run: Run, module: SLTModule, data: SLTDataModul
             found["empty_question"] = predict(module, data, dict.fromkeys(ids, ""))
         if config.audit.question_only and config.model.fusion != "question_only":
             found["question_only"] = question_only_predictions(config, run, tokenizer)
+    train, samples = config.data.items("train"), config.audit.samples
+    return record_audit(run, config.data, items, found, train, model=config.model.fusion, samples=samples)
+
+
+def record_audit(
+    run: Run,
+    texts: TextOptions,
+    items: Sequence[Item],
+    found: dict[str, dict[str, str]],
+    train_items: Sequence[Item],
+    *,
+    model: str,
+    samples: int = 8,
+    split: str = "test",
+    notes: Sequence[str] = (),
+) -> AuditReport:
+    """Score translations and write ``audit.json``, ``audit.md``, ``predictions/*.jsonl`` and the table of samples.
+
+    Args:
+        run: receives the files.
+        texts: the reader, or whatever knows what was done to the texts.
+        items: the clips that were translated.
+        found: name of the row -> translation by id; ``shuffled_question`` is shown next to the model in the samples.
+        train_items: for ``question_1nn``; none leaves it out.
+        model: the row to audit.
+        samples: clips in the table.
+        split: prefix of the table's name, ``test`` or ``val``.
+        notes: lines below the table.
+    """
     report = audit_report(
         [item.sentence for item in items],
-        list(questions.values()),
-        {name: [texts[i] for i in ids] for name, texts in found.items()},
-        config.data.items("train"),
-        config.data.level,
-        model=config.model.fusion,
-        lowercase=config.data.lowercase,
-        append_period=config.data.append_period,
+        [item.question for item in items],
+        {name: [made[item.id] for item in items] for name, made in found.items()},
+        train_items,
+        texts.level,
+        model=model,
+        lowercase=texts.lowercase,
+        append_period=texts.append_period,
     )
+    report = dataclasses.replace(report, notes=[*report.notes, *notes])
     write_json(run.folder / "audit.json", report.to_dict())
     write_text(run.folder / "audit.md", report.to_markdown())
-    write_predictions(run, items, found)
+    for name, made in found.items():
+        write_predictions(run.folder / "predictions" / f"{name}.jsonl", {item.id: made[item.id] for item in items})
+    other = found.get("shuffled_question")
+    columns = ["id", "question", "reference", "translation", *(["with another question"] if other else [])]
     rows: list[list[Any]] = [
-        [item.id, item.question, item.sentence, model[item.id], found.get("shuffled_question", {}).get(item.id, "")]
-        for item in items[: config.audit.samples]
+        [item.id, item.question, item.sentence, found[model][item.id], *([other[item.id]] if other else [])]
+        for item in items[:samples]
     ]
-    run.log_table("test/translations", ["id", "question", "reference", "translation", "with another question"], rows)
+    run.log_table(f"{split}/translations", columns, rows)
     return report
-
-
-def write_predictions(run: Run, items: list[Any], found: dict[str, dict[str, str]]) -> None:
-    """``predictions/<name>.jsonl``: every translation, in the form that ``slt-eval --pred`` reads."""
-    import json
-
-    from polymodal.files import write_text
-
-    folder = run.folder / "predictions"
-    folder.mkdir(exist_ok=True)
-    for name, texts in found.items():
-        lines = [json.dumps({"video_id": i.id, "prediction": texts[i.id]}, ensure_ascii=False) for i in items]
-        write_text(folder / f"{name}.jsonl", "\n".join(lines) + "\n")

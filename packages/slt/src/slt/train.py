@@ -138,10 +138,12 @@ def train(config: SLTConfig) -> None:
         fidelity=info.fidelity,
         data=config.data.describe(),
     ) as run:
-        tokenizer.save(run.folder / "tokenizer")
+        if run.is_writer:
+            tokenizer.save(run.folder / "tokenizer")
         metrics, report = run_stages(config, run, module, tokenizer)
         run.finish(metrics)
-    show(run, metrics, report)
+    if run.is_writer:
+        show(run, metrics, report)
 
 
 def plan(config: SLTConfig, tokenizer: Tokenizer) -> str:
@@ -196,7 +198,7 @@ def run_stages(
     )
     metrics = fit_and_test(module, data, config.trainer, run, monitor="val/bleu4", stage=2, step_offset=offset)
     report = None
-    if config.audit.enabled:
+    if config.audit.enabled and run.is_writer:
         from slt.probes import audit_run
 
         report = audit_run(config, run, module, data, tokenizer)
