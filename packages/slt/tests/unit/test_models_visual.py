@@ -8,7 +8,8 @@ import torch
 from polymodal.errors import UserError
 from safetensors.torch import save_file
 from slt.config import ModelConfig
-from slt.models.visual import FrameCNN, TemporalConv, VisualEncoder, build_backbone, edge_padding, pad_clips
+from slt.models.backbones import FrameCNN, build_backbone
+from slt.models.visual import TemporalConv, VisualEncoder, edge_padding, pad_clips
 from slt.ops.lengths import padded_indices, token_length
 
 _spec = importlib.util.spec_from_file_location("_models_toy", Path(__file__).with_name("_models_toy.py"))
