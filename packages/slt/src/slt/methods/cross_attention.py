@@ -21,9 +21,11 @@ class CrossAttentionConfig:
 
     Args:
         bias: whether the four projections have a bias.
+        residual_std: standard deviation of ``out_proj``'s initial weights: training starts close to signs alone.
     """
 
     bias: bool = True
+    residual_std: float = 0.02
 
 
 class CrossAttention(Fusion):
@@ -38,14 +40,15 @@ class CrossAttention(Fusion):
         dim: width d of tokens.
         num_heads: attention heads h; must divide ``dim``.
         bias: whether the projections have a bias.
+        residual_std: initial spread of ``out_proj``.
 
     Source:
         SSL-SSAW (arXiv 2509.14036), our reading, section 5 (baseline).
     """
 
-    def __init__(self, dim: int, num_heads: int, bias: bool = True) -> None:
+    def __init__(self, dim: int, num_heads: int, bias: bool = True, residual_std: float = 0.02) -> None:
         super().__init__(dim, num_heads)
-        self.config = CrossAttentionConfig(bias)
+        self.config = CrossAttentionConfig(bias, residual_std)
         self.q_proj = nn.Linear(dim, dim, bias=bias)
         self.k_proj = nn.Linear(dim, dim, bias=bias)
         self.v_proj = nn.Linear(dim, dim, bias=bias)
@@ -54,6 +57,7 @@ class CrossAttention(Fusion):
             init.xavier_uniform_(layer.weight)
             if bias:
                 init.zeros_(layer.bias)
+        init.normal_(self.out_proj.weight, std=residual_std)
 
     def fuse(self, question: Tensor, question_mask: Tensor, sign: Tensor, sign_mask: Tensor) -> FusionOutput:
         """Sign tokens with the question added; shapes in the class docstring."""

@@ -29,6 +29,9 @@ class SSAWConfig:
         gate_bias: initial bias of the gate; +1 starts close to "keep all" (sigmoid(1) = 0.73).
         gate_std: standard deviation of the gate's initial weights, zero-mean.
         type_std: standard deviation of the initial type vectors.
+        residual_std: standard deviation of ``out_proj``'s initial weights in attention mode, so that training starts
+            close to plain concatenation; with Xavier weights the mean of all tokens drowns each of them at first, and
+            two of three seeds of the synthetic world did not get over it.
     """
 
     mode: str = "gate"
@@ -36,6 +39,7 @@ class SSAWConfig:
     gate_bias: float = 1.0
     gate_std: float = 0.02
     type_std: float = 0.02
+    residual_std: float = 0.02
 
     def __post_init__(self) -> None:
         if self.mode not in _MODES:
@@ -70,6 +74,7 @@ class SigmoidSelfAttentionWeighting(Fusion):
         gate_bias: initial bias of the gate.
         gate_std: initial spread of the gate's weights.
         type_std: initial spread of the type vectors.
+        residual_std: initial spread of ``out_proj`` in attention mode.
 
     Raises:
         UserError: unknown mode or granularity, or heads that do not divide ``dim``.
@@ -88,9 +93,10 @@ class SigmoidSelfAttentionWeighting(Fusion):
         gate_bias: float = 1.0,
         gate_std: float = 0.02,
         type_std: float = 0.02,
+        residual_std: float = 0.02,
     ) -> None:
         super().__init__(dim, num_heads)
-        self.config = SSAWConfig(mode, granularity, gate_bias, gate_std, type_std)
+        self.config = SSAWConfig(mode, granularity, gate_bias, gate_std, type_std, residual_std)
         self.q_proj = nn.Linear(dim, dim)
         self.k_proj = nn.Linear(dim, dim)
         self.v_proj = nn.Linear(dim, dim)
@@ -101,10 +107,12 @@ class SigmoidSelfAttentionWeighting(Fusion):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the initial parameters: Xavier for the projections, a small gate with bias ``gate_bias``."""
+        """Draw the initial parameters: Xavier for the projections, a small gate or a small residual branch."""
         for layer in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
             init.xavier_uniform_(layer.weight)
             init.zeros_(layer.bias)
+        if self.config.mode == "attention":
+            init.normal_(self.out_proj.weight, std=self.config.residual_std)
         init.normal_(self.gate_proj.weight, std=self.config.gate_std)
         init.constant_(self.gate_proj.bias, self.config.gate_bias)
         init.normal_(self.type_embedding, std=self.config.type_std)
