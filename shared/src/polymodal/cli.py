@@ -330,8 +330,10 @@ def help_text(
     if example:
         lines += ["Example:", textwrap.indent(example.strip(), "  "), ""]
     lines += ["Options (any can stand in a YAML file for --config; dotted names are nested keys):"]
-    lines += [_row("--config FILE|NAME", "YAML file, run folder, or preset:")]
-    lines += textwrap.wrap(", ".join(preset_names(presets)), 76, initial_indent=" " * 41, subsequent_indent=" " * 41)
+    names = preset_names(presets)
+    what = "YAML file, run folder, or preset:" if names else "YAML file or run folder"
+    lines += [_row("--config FILE|NAME" if names else "--config FILE", what)]
+    lines += textwrap.wrap(", ".join(names), 76, initial_indent=" " * 41, subsequent_indent=" " * 41)
     lines += [_row("--print_config", "print the complete configuration and exit")]
     lines += [_row("--debug", "show the traceback of an error")]
     if any(f.name == "trainer" for f in dataclasses.fields(config_class)):

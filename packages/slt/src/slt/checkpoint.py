@@ -124,7 +124,7 @@ def load_trained(path: Path, data: SLTData | None = None, device: str = "auto") 
         data = data.resolve(config.data)
     if data is not None:
         _check_modality(config, data, folder)
-        config = dataclasses.replace(config, data=data)
+        config = _with_data(config, data)
 
     from polymodal.callbacks import load_checkpoint  # torch from here on: mistakes above are told at once
 
@@ -178,6 +178,15 @@ def _check_modality(config: SLTConfig, data: SLTData, folder: Path) -> None:
             f"{folder} was trained on {config.data.modality} ({config.data.name}), --data {data.name} gives "
             f"{data.modality}; choose a reader of the same kind"
         )
+
+
+def _with_data(config: SLTConfig, data: SLTData) -> SLTConfig:
+    """Other data, or the run's; a cache of decoded frames only where it is there and of these very data."""
+    loader = config.loader
+    if loader.frame_cache is not None and (data != config.data or not loader.frame_cache.is_dir()):
+        _log.info("frames are decoded anew: the frame cache %s is missing or of other data", loader.frame_cache)
+        loader = dataclasses.replace(loader, frame_cache=None)
+    return dataclasses.replace(config, data=data, loader=loader)
 
 
 def _build(config: SLTConfig, tokenizer: Any, max_new_tokens: int) -> SLTModule:

@@ -67,6 +67,8 @@ class EvalConfig(JobConfig):
     """translations in the table of samples"""
     num_workers: int | None = None
     """processes that decode frames (default: the training run's)"""
+    feature_cache: Path | None = None
+    """features of the clips, for a model with backbone=features (default: the training run's cache)"""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """where to compute; float32 everywhere"""
     data: SLTData = field(default_factory=RunData, metadata={"class_typed": True})
@@ -80,11 +82,11 @@ class TranslateConfig:
     checkpoint: Path | None = None
     """run folder of slt-train (its best weights) or checkpoint in one"""
     video: list[str] = field(default_factory=list)
-    """video file, folder of frames, .pose file (pose models), or a clip id of the run's data; one or several"""
+    """video file, folder of frames, .pose file (pose models), or clip id of the run's data; one or more"""
     question: list[str] = field(default_factory=list)
-    """question that the signer answers: one for all clips, or one for each; none: translate without"""
+    """question that the signer answers: one for all clips, or one each; none: translate without"""
     picture: Path | None = None
-    """draw the fusion's weights; with several clips a number is added to the name [translation.png]"""
+    """draw weights and evidence into this file; several clips: a number is added to the name [translation.png]"""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """where to compute; float32 everywhere"""
     threads: int | None = None

@@ -15,7 +15,7 @@ from polymodal.cli import command
 from polymodal.errors import UserError
 
 from slt.data import READERS
-from slt.data.base import Item, SLTData
+from slt.data.base import Item
 from slt.eval_settings import EvalConfig, RunData
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from slt.checkpoint import Trained
     from slt.data.options import LoaderConfig
-    from slt.module import SLTModule
     from slt.probes import TextOptions
 
 __all__ = ["evaluate", "main", "translate_split"]
@@ -115,15 +114,19 @@ def _evaluate_checkpoint(config: EvalConfig, path: Path) -> None:
     ) as run:
         run.note(checkpoint=str(trained.file), split=config.split, device=str(trained.module.device))
         variants = _variants(config, items, fusion)
-        found = translate_split(trained.module, data, config.split, _loader(config, trained), variants)
+        found = translate_split(trained, config.split, _loader(config, trained), variants)
         found |= blind
         _finish(config, run, data, items, found, data.items("train"), fusion, note)
 
 
 def _loader(config: EvalConfig, trained: Trained) -> LoaderConfig:
-    """The run's loader options: every clip is read once, so that there is nothing to cache."""
+    """The run's loader options: every clip is read once, so that nothing is kept in memory."""
     loader = dataclasses.replace(trained.config.loader, cache_frames=False)
-    return loader if config.num_workers is None else dataclasses.replace(loader, num_workers=config.num_workers)
+    if config.num_workers is not None:
+        loader = dataclasses.replace(loader, num_workers=config.num_workers)
+    if config.feature_cache is not None:
+        loader = dataclasses.replace(loader, feature_cache=config.feature_cache)
+    return loader
 
 
 def _variants(config: EvalConfig, items: Sequence[Item], fusion: str) -> dict[str, dict[str, str]]:
@@ -139,17 +142,12 @@ def _variants(config: EvalConfig, items: Sequence[Item], fusion: str) -> dict[st
 
 
 def translate_split(
-    module: SLTModule,
-    reader: SLTData,
-    split: str,
-    loader: LoaderConfig,
-    variants: Mapping[str, Mapping[str, str]],
+    trained: Trained, split: str, loader: LoaderConfig, variants: Mapping[str, Mapping[str, str]]
 ) -> dict[str, dict[str, str]]:
     """Translate every clip of a split, once for each set of questions; frames are read and encoded once.
 
     Args:
-        module: a trained model in evaluation mode.
-        reader: the data.
+        trained: the model; its configuration names the data.
         split: ``train``, ``dev`` or ``test``.
         loader: loader options.
         variants: name -> question by clip id.
@@ -161,7 +159,9 @@ def translate_split(
 
     from slt.data.datamodule import SLTDataModule
     from slt.progress import progress_line
+    from slt.train import cached_reader
 
+    module, reader = trained.module, cached_reader(dataclasses.replace(trained.config, loader=loader))
     data = SLTDataModule(reader, module.tokenizer, loader, load_frames=module.model.uses_video)
     found: dict[str, dict[str, str]] = {name: {} for name in variants}
     show, done, total = progress_line(f"{split} clips translated"), 0, len(reader.items(split))
@@ -254,7 +254,7 @@ def _question_only_run(config: EvalConfig, folder: Path, ids: list[str], fingerp
     trained = load_trained(folder, config.data, config.device)
     questions = {item.id: item.question for item in config.data.items(config.split)}
     loader, variants = _loader(config, trained), {"question_only": questions}
-    return translate_split(trained.module, config.data, config.split, loader, variants)["question_only"]
+    return translate_split(trained, config.split, loader, variants)["question_only"]
 
 
 def _stored_predictions(folder: Path, manifest: dict[str, Any], split: str, fingerprint: str) -> Path | None:
