@@ -146,7 +146,8 @@ def _question_words(module: SLTModule, batch: Batch) -> tuple[list[str], list[li
         return [], []
     seen = token_spans(module.tokenizer, text)[: max(0, int(batch.question_mask[0].sum()) - 2)]
     words, rows = [], []
-    for start, end in unit_spans(text, module.level):
+    level = "word" if " " in text else module.level  # blanks are words even where scores count characters
+    for start, end in unit_spans(text, level):
         group = [i for i, (first, last) in enumerate(seen) if first < end and start < last]
         if group:
             words.append(text[start:end])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ _WIDTH, _MARGIN = 10.0, 0.55
 _FINGERS = [(0, 1, 2, 3, 4), *((0, *range(k, k + 4)) for k in (5, 9, 13, 17))]
 _ARMS = [(0, 1), (0, 2), (1, 2), (1, 3), (3, 5), (2, 4), (4, 6)]
 _WRISTS = {"left": 5, "right": 6}
-_HAND_SIZE = 0.35
+_HAND_SIZE = 0.5
 _CJK_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei")
 _log = logging.getLogger(__name__)
 
@@ -50,10 +51,17 @@ def check_picture(path: Path) -> None:
 def save_picture(figure: Figure, path: Path, dpi: int = 130) -> None:
     """Write a figure in the format that the name's ending says; the file appears whole or not at all."""
     buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+    with _without_glyph_warnings():
         figure.savefig(buffer, format=path.suffix[1:].lower(), dpi=dpi, facecolor="white")
     atomic_write(path.expanduser(), lambda handle: handle.write(buffer.getvalue()))
+
+
+@contextlib.contextmanager
+def _without_glyph_warnings() -> Iterator[None]:
+    """Missing characters are told once, in words (see ``_fonts``), and not once for each of them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield
 
 
 def draw_translation(
@@ -81,7 +89,8 @@ def draw_translation(
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context({"font.family": _fonts([*explanation.words, question]), "font.size": 10, "text.color": _INK}):
+    fonts = _fonts([*explanation.words, question])
+    with rc_context({"font.family": fonts, "font.size": 10, "text.color": _INK}), _without_glyph_warnings():
         has_words, has_signs = bool(explanation.question), len(explanation.sign_evidence) > 0
         shares = [w for w, there in ((_question_share(explanation), has_words), (1.0, has_signs)) if there] or [1.0]
         plot_width = _WIDTH - _MARGIN - 0.25 - (0.55 if len(shares) == 2 else 0.0)
@@ -128,7 +137,8 @@ def _colours(count: int) -> list[Any]:
         return list(PALETTE[:count])
     from matplotlib import colormaps
 
-    return [colormaps["turbo"](0.05 + 0.9 * i / (count - 1)) for i in range(count)]
+    bright = [colormaps["turbo"](0.05 + 0.9 * i / (count - 1)) for i in range(count)]
+    return [(0.78 * red, 0.78 * green, 0.78 * blue) for red, green, blue, _ in bright]
 
 
 def _fonts(texts: Sequence[str]) -> list[str]:
