@@ -136,6 +136,8 @@ class Checkpoints(L.Callback):
         due = bool(config.checkpoint_every_steps) and trainer.global_step % config.checkpoint_every_steps == 0
         if config.checkpoint_every_minutes:
             due = due or time.monotonic() - self._saved_at > 60 * config.checkpoint_every_minutes
+        if trainer.world_size > 1:  # clocks and signals differ between processes; rank 0 decides for all
+            due, self.stop.requested = trainer.strategy.broadcast((due, self.stop.requested))
         if (due or self.stop.requested) and not last_batch:
             self.save_last(trainer)
         if self.stop.requested and not last_batch:

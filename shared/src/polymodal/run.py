@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import logging
+import os
 import platform
 import re
 import secrets
@@ -25,6 +26,7 @@ from polymodal.seeding import set_threads
 __all__ = ["SCHEMA_VERSION", "Run", "find_resume", "read_manifest"]
 
 SCHEMA_VERSION = 1
+_SHARED_RUN = "POLYMODAL_SHARED_RUN"
 _VERSIONS = ("polymodal", "torch", "torchvision", "transformers", "lightning", "numpy", "sacrebleu", "timm", "wandb")
 log = logging.getLogger(__name__)
 
@@ -41,6 +43,7 @@ class Run:
         loggers: Lightning loggers (CSV first).
         manifest: content of manifest.json.
         checkpoint: checkpoint to continue from, or None.
+        is_writer: false in the further processes of a data-parallel run, which share the folder and write nothing.
     """
 
     def __init__(self, folder: Path, config: JobConfig, manifest: dict[str, Any], checkpoint: Path | None) -> None:
@@ -49,6 +52,7 @@ class Run:
         self._started = time.monotonic()
         self.loggers: list[Any] = []
         self.sync_command: str | None = None
+        self.is_writer = _rank() == 0
 
     @classmethod
     def start(
@@ -77,6 +81,8 @@ class Run:
             UserError: folder not writable, nothing to resume, or a run of other data.
         """
         threads = set_threads(config.threads)
+        if _rank() > 0:
+            return cls._join(config)
         checkpoint = None
         if isinstance(config, RunConfig) and config.resume:
             folder, checkpoint = find_resume(config.resume, task, config)
@@ -118,7 +124,21 @@ class Run:
         run = cls(folder, config, manifest, checkpoint)
         run._write()
         run._open_loggers()
+        # Lightning starts the further processes of a data-parallel run later, with this environment.
+        os.environ[_SHARED_RUN] = json.dumps([str(folder), str(checkpoint) if checkpoint else None])
         return run
+
+    @classmethod
+    def _join(cls, config: JobConfig) -> Run:
+        """The run of rank 0, for the other ranks."""
+        shared = os.environ.get(_SHARED_RUN)
+        if shared is None:
+            raise UserError(
+                "this process has a rank above 0 but no run of rank 0 to join; start one process and let "
+                "--trainer.devices N start the others"
+            )
+        folder, checkpoint = json.loads(shared)
+        return cls(Path(folder), config, read_manifest(Path(folder)), Path(checkpoint) if checkpoint else None)
 
     def _open_loggers(self) -> None:
         from polymodal.logs import make_loggers
@@ -152,6 +172,8 @@ class Run:
 
     def log_table(self, key: str, columns: list[str], rows: list[list[Any]]) -> None:
         """Write a table of samples to ``samples/<key>.jsonl`` and to W&B."""
+        if not self.is_writer:
+            return
         path = self.folder / "samples" / f"{key.replace('/', '-')}.jsonl"
         path.parent.mkdir(exist_ok=True)
         lines = [json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False) for row in rows]
@@ -193,7 +215,8 @@ class Run:
             self._close("failed", f"{type(error).__name__}: {' '.join(str(error).split())}")
 
     def _write(self) -> None:
-        write_json(self.folder / "manifest.json", self.manifest)
+        if self.is_writer:
+            write_json(self.folder / "manifest.json", self.manifest)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -286,6 +309,14 @@ def _refuse_other_data(manifest: dict[str, Any], data: dict[str, Any] | None, fo
     before, now = manifest["data"].get("fingerprint"), (data or {}).get("fingerprint")
     if before and now and before != now:
         raise UserError(f"--resume {folder}: the data changed since that run started; start a new run without --resume")
+
+
+def _rank() -> int:
+    """Rank of this process, from what launchers set before torch is up."""
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return 0
 
 
 def _now() -> str:

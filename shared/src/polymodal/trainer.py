@@ -81,6 +81,8 @@ def build_trainer(
     arguments: dict[str, Any] = {
         "accelerator": config.accelerator,
         "devices": config.devices,
+        # Stages leave parts of a model unused, e.g. the fusion in stage 1.
+        "strategy": "auto" if config.devices == 1 else "ddp_find_unused_parameters_true",
         "precision": config.precision,
         "max_epochs": config.max_epochs,
         "max_steps": config.max_steps,

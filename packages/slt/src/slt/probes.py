@@ -129,7 +129,13 @@ def audit_run(config: SLTConfig, run: Run, module: SLTModule, data: SLTDataModul
             found["shuffled_question"] = predict(module, data, dict(zip(ids, other, strict=True)))
             found["empty_question"] = predict(module, data, dict.fromkeys(ids, ""))
         if config.audit.question_only and config.model.fusion != "question_only":
-            found["question_only"] = question_only_predictions(config, run, tokenizer)
+            if config.trainer.devices == 1:
+                found["question_only"] = question_only_predictions(config, run, tokenizer)
+            else:  # the other processes are gone by now, and a trainer would wait for them
+                log.info(
+                    "the question-only probe trains on one device only: slt-train --fusion question_only, "
+                    "then slt-eval --question_only RUN"
+                )
     train, samples = config.data.items("train"), config.audit.samples
     return record_audit(run, config.data, items, found, train, model=config.model.fusion, samples=samples)
 
