@@ -1,0 +1,123 @@
+"""The benchmark harness: its statistics, files and tables, and that every section runs in tiny sizes."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    return importlib.import_module("benchmarks._bench")
+
+
+def samples(bench, *wall):
+    return bench.Samples(list(wall), [x / 2 for x in wall])
+
+
+def test_ratios_are_of_medians_and_quartiles_of_neighbouring_runs(bench):
+    ours, theirs = samples(bench, 1.0, 2.0, 3.0), samples(bench, 2.0, 8.0, 9.0)
+    fast = bench.speedup("x", ours, theirs, at_least=4.0)
+    assert (fast.ours, fast.baseline, fast.ratio, fast.cpu_ratio) == (2000, 8000, 4, 4)
+    assert (fast.low, fast.high) == (2.5, 3.5)  # of 2, 4, 3
+    assert fast.met is True
+    assert bench.speedup("x", ours, theirs, at_least=4.1).met is False
+    slow = bench.overhead("x", ours, theirs, at_most=0.25)
+    assert (slow.ours, slow.baseline, slow.ratio, slow.met) == (2000, 8000, 0.25, True)
+    assert bench.overhead("x", ours, theirs, at_most=0.24).met is False
+    share = bench.value("x", "%", [9.0, 11.0, 12.0], below=10)
+    assert (share.ours, share.low, share.high, share.met, share.target) == (11, 10, 11.5, False, "< 10 %")
+
+
+def test_runs_take_turns_after_the_warm_up(bench):
+    calls = []
+    found = bench.interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, runs=3, warmup=1)
+    assert "".join(calls) == "ab" + "ab" + "ba" + "ab"
+    assert [len(s.wall) for s in found.values()] == [3, 3]
+
+
+def test_results_are_written_with_their_circumstances_and_tabulated(bench, tmp_path, capsys):
+    options = bench.parse("t", ["one", "two"], ["one", "--out", str(tmp_path)])
+    sections = {"one": ("A title", lambda _: [bench.value("a rate", "clips/s", [1.0, 2.0, 3.0])]), "two": ("", None)}
+    (path,) = bench.run_sections("demo", options, sections)
+    report = json.loads(path.read_text())
+    assert path.name == "demo_one.json"
+    assert {"versions", "device", "threads", "load_at_start", "date", "commit", "rows"} <= set(report)
+    assert report["rows"][0]["ours"] == 2.0
+    assert "| a rate | 2 clips/s |  |  | 1.5 – 2.5 |" in capsys.readouterr().out
+    page = "before\n<!-- demo_one -->\nold\n<!-- /demo_one -->\nafter <!-- x -->\n"
+    fresh = bench.refreshed(page, tmp_path)
+    assert "old" not in fresh
+    assert "| a rate | 2 clips/s |" in fresh
+    assert fresh.startswith("before\n")
+    assert fresh.endswith("after <!-- x -->\n")
+    assert bench.refreshed(fresh, tmp_path) == fresh
+
+
+def test_an_unknown_section_is_named(bench, capsys):
+    with pytest.raises(SystemExit):
+        bench.parse("t", ["one"], ["three"])
+    assert "no section three; there are one" in capsys.readouterr().err
+
+
+def test_the_page_shows_the_committed_results(bench):
+    page = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    assert bench.refreshed(page) == page
+
+
+def test_no_committed_result_is_of_a_quick_run(bench):
+    for path in bench.RESULTS.glob("*.json"):
+        assert json.loads(path.read_text(encoding="utf-8"))["quick"] is False, path.name
+
+
+def test_prefix_search_finds_what_generate_finds(bench):
+    import torch
+    from slt.models.generate import generate
+    from transformers.modeling_outputs import BaseModelOutput
+
+    inputs = importlib.import_module("benchmarks._slt_inputs")
+    model, vocab = inputs.translator(32, 1, 5, 40)
+    states, mask = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(1)), torch.ones(2, 4).bool()
+    encoded = BaseModelOutput(last_hidden_state=states)
+    found = generate(model, encoded, mask, vocab, num_beams=3, max_new_tokens=5)
+    assert [len(row) for row in found] == [5, 5]
+    assert inputs.prefix_search(model, states, mask, vocab, beams=3, tokens=5) == found
+
+
+@pytest.mark.parametrize(
+    ("script", "sections"), [("shared.py", ["small"]), ("slt.py", ["packed", "beam", "rates", "split"])]
+)
+def test_sections_run_in_tiny_sizes(script, sections, tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / script, *sections, "--quick", "--out", tmp_path],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "POLYMODAL_CACHE": str(tmp_path / "cache")},
+    )
+    assert done.returncode == 0, done.stderr
+    names = sorted(path.stem for path in tmp_path.glob("*.json"))
+    assert names == sorted(f"{script[:-3]}_{section}" for section in sections)
+    rows = [row for path in tmp_path.glob("*.json") for row in json.loads(path.read_text())["rows"]]
+    assert all(row["ours"] > 0 or row["unit"] == "% of a step" for row in rows)
+    assert all(row["target"] is None for row in rows)
+
+
+@pytest.mark.slow
+def test_waiting_for_data_runs_in_tiny_sizes(tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "slt.py", "wait", "--quick", "--out", tmp_path],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "POLYMODAL_CACHE": str(tmp_path / "cache")},
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "slt_wait.json").read_text())["rows"]
+    assert all(0 < row["ours"] < 100 for row in rows)
