@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from polymodal.errors import UserError
 
-__all__ = ["atomic_write", "check_writable", "write_json", "write_text"]
+__all__ = ["append_text", "atomic_write", "check_writable", "remove_unfinished", "write_json", "write_text"]
 
 
 def atomic_write(path: Path, writer: Callable[[BinaryIO], Any]) -> None:
@@ -32,17 +32,36 @@ def atomic_write(path: Path, writer: Callable[[BinaryIO], Any]) -> None:
             handle.flush()
             os.fsync(handle.fileno())
         temporary.replace(path)
-    except OSError as error:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
-        raise _explain(path, error) from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        cause = _os_error(error)
+        if cause is None:
+            raise
+        raise _explain(path, cause) from error
 
 
 def write_text(path: Path, text: str) -> None:
     """``atomic_write`` of a UTF-8 text."""
     atomic_write(path, lambda handle: handle.write(text.encode("utf-8")))
+
+
+def append_text(path: Path, text: str) -> None:
+    """Append a UTF-8 text to ``path``. Not atomic: a kill or a full disk may leave a part of it.
+
+    Raises:
+        UserError: disk full or file not writable.
+    """
+    try:
+        with path.open("a", encoding="utf-8", newline="") as handle:
+            handle.write(text)
+    except OSError as error:
+        raise _explain(path, error) from error
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what writes that were killed half-way left below ``folder``: a checkpoint may have gigabytes."""
+    for path in folder.rglob(".*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -63,6 +82,14 @@ def check_writable(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; choose another folder with --out") from error
+
+
+def _os_error(error: BaseException) -> OSError | None:
+    """The operating system's error behind ``error``: torch.save hides one behind a RuntimeError about positions."""
+    if isinstance(error, OSError):
+        return error
+    behind = error.__context__ if isinstance(error, RuntimeError) else None
+    return behind if isinstance(behind, OSError) else None
 
 
 def _explain(path: Path, error: OSError) -> Exception:

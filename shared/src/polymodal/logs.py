@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lightning.pytorch.loggers.logger import Logger
 
 from polymodal.errors import UserError
-from polymodal.files import write_text
+from polymodal.files import append_text, write_text
 
 if TYPE_CHECKING:
     from polymodal.config import LoggingConfig
@@ -74,8 +74,7 @@ class CsvLog(Logger):
         writer = csv.writer(text, lineterminator="\n")
         for name, value in values.items():
             writer.writerow([step, "" if epoch == "" else int(epoch), name, repr(float(value))])
-        with self.path.open("a", encoding="utf-8", newline="") as handle:
-            handle.write(text.getvalue())
+        append_text(self.path, text.getvalue())
 
     def rewind(self, step: int) -> None:
         """Drop what was logged after ``step``, all ``test/`` rows, and a half-written last line (before a resume)."""

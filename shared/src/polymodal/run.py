@@ -20,7 +20,7 @@ from typing import Any
 from polymodal.cli import Interrupted
 from polymodal.config import JobConfig, RunConfig, config_hash, to_dict, to_yaml
 from polymodal.errors import UserError
-from polymodal.files import check_writable, write_json, write_text
+from polymodal.files import check_writable, remove_unfinished, write_json, write_text
 from polymodal.seeding import set_threads
 
 __all__ = ["SCHEMA_VERSION", "Run", "find_resume", "read_manifest"]
@@ -78,7 +78,7 @@ class Run:
             job_type: ``train`` or ``eval``.
 
         Raises:
-            UserError: folder not writable, nothing to resume, or a run of other data.
+            UserError: folder not writable, nothing to resume, or a run of another task or other data.
         """
         threads = set_threads(config.threads)
         if _rank() > 0:
@@ -87,7 +87,12 @@ class Run:
         if isinstance(config, RunConfig) and config.resume:
             folder, checkpoint = find_resume(config.resume, task, config)
             manifest = read_manifest(folder)
+            if manifest["task"] != task:
+                raise UserError(
+                    f"--resume {folder}: a run of task {manifest['task']!r}, not {task!r}; use its own command"
+                )
             _refuse_other_data(manifest, data, folder)
+            remove_unfinished(folder)
             manifest["resumed"].append(_now())
             manifest.update(status="running", ended=None, error=None, threads=threads)
         else:
@@ -194,7 +199,12 @@ class Run:
         self.manifest.update(
             status=status, error=error, ended=_now(), wall_s=round(wall, 3), peak_mib=round(peak_mib(), 1)
         )
-        self._write()
+        try:
+            self._write()
+        except UserError as problem:
+            if error is None:
+                raise
+            log.warning("%s", problem)  # the error that ended the run is the one to report
         for logger in self.loggers:
             if hasattr(logger, "close"):
                 self.sync_command = logger.close(0 if status == "finished" else 1) or self.sync_command
@@ -248,7 +258,7 @@ def find_resume(resume: str, task: str, config: RunConfig) -> tuple[Path, Path |
     """
     if resume == "auto":
         wanted = config_hash(config)
-        for folder in sorted((config.out / task).glob("*/"), key=lambda p: p.name[-15:], reverse=True):
+        for folder in sorted((config.out / task).glob("*/"), key=_started_at, reverse=True):
             try:
                 manifest = read_manifest(folder)
             except UserError:
@@ -266,6 +276,12 @@ def find_resume(resume: str, task: str, config: RunConfig) -> tuple[Path, Path |
         raise UserError(f"--resume {resume}: no such run folder or checkpoint; runs are under {config.out / task}")
     read_manifest(path)
     return path, newest_checkpoint(path)
+
+
+def _started_at(folder: Path) -> tuple[str, int]:
+    """Time in a run folder's name, and the number that runs of the same second have."""
+    found = re.search(r"(\d{8}-\d{6})(?:-(\d+))?$", folder.name)
+    return (found[1], int(found[2] or 0)) if found else ("", 0)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
