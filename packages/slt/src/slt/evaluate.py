@@ -120,8 +120,8 @@ def _evaluate_checkpoint(config: EvalConfig, path: Path) -> None:
 
 
 def _loader(config: EvalConfig, trained: Trained) -> LoaderConfig:
-    """The run's loader options: every clip is read once, so that nothing is kept in memory."""
-    loader = dataclasses.replace(trained.config.loader, cache_frames=False)
+    """The run's loader options, with those of this evaluation."""
+    loader = trained.config.loader
     if config.num_workers is not None:
         loader = dataclasses.replace(loader, num_workers=config.num_workers)
     if config.feature_cache is not None:
@@ -161,6 +161,7 @@ def translate_split(
     from slt.progress import progress_line
     from slt.train import cached_reader
 
+    loader = dataclasses.replace(loader, cache_frames=False)  # every clip is read once
     module, reader = trained.module, cached_reader(dataclasses.replace(trained.config, loader=loader))
     data = SLTDataModule(reader, module.tokenizer, loader, load_frames=module.model.uses_video)
     found: dict[str, dict[str, str]] = {name: {} for name in variants}

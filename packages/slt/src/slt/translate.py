@@ -78,6 +78,9 @@ def translate(config: TranslateConfig) -> None:
         raise UserError(f"{len(config.question)} questions for {len(config.video)} clips; give one for all or one each")
     if config.picture is not None:
         check_picture(config.picture)
+    for name in config.video:  # before torch is imported: a wrong path is told at once
+        if ("/" in name or Path(name).suffix) and not Path(name).expanduser().exists():
+            raise UserError(f"--video {name}: no such file or folder; check the path")
 
     from slt.checkpoint import load_trained
 
@@ -162,8 +165,6 @@ class Clips:
         return path, Poses.clip_length(path)
 
     def _by_id(self, name: str) -> Item:
-        if "/" in name or Path(name).suffix:
-            raise UserError(f"--video {name}: no such file or folder; check the path")
         try:
             found = next((i for split in reversed(SPLITS) for i in self.data.items(split) if i.id == name), None)
         except UserError as error:
@@ -230,7 +231,7 @@ class Translator:
             ids = self._search(batch, video)
             text = self.module.tokenizer.decode(ids)
             if picture is not None:
-                self._draw(picture, sample, batch, video, ids)
+                self._draw(picture, number, sample, batch, video, ids)
         return text
 
     def _search(self, batch: Batch, video: tuple[Tensor, Tensor]) -> list[int]:
@@ -258,7 +259,15 @@ class Translator:
             fusion = self.trained.config.model.fusion
             raise UserError(f"--picture: fusion {fusion} has no weights to draw; leave --picture out, or use ssaw")
 
-    def _draw(self, path: Path, sample: Sample, batch: Batch, video: tuple[Tensor, Tensor], ids: Sequence[int]) -> None:
+    def _draw(
+        self,
+        path: Path,
+        number: int,
+        sample: Sample,
+        batch: Batch,
+        video: tuple[Tensor, Tensor],
+        ids: Sequence[int],
+    ) -> None:
         from slt.explain import explain
         from slt.ops.lengths import frame_indices
         from slt.pictures import draw_translation, save_picture
@@ -269,7 +278,7 @@ class Translator:
         figure = draw_translation(
             explain(self.module, batch, video, ids),
             frames.transpose(0, 2, 3, 1) if frames.shape[1] == 3 and frames.ndim == 4 else frames,
-            frame_indices(self.dataset.items[0].num_frames, self.dataset.config.max_frames),
+            frame_indices(self.dataset.items[number].num_frames, self.dataset.config.max_frames),
             question=asked,
             without_question=None if without is None else self.module.tokenizer.decode(without),
             local_hands=getattr(self.trained.config.data, "hands", "") == "local",
