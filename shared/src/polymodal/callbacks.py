@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import pickle
+import shutil
 import signal
 import sys
 import threading
@@ -44,10 +46,20 @@ log = logging.getLogger(__name__)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoint files appear whole or not at all (temporary file, flush, rename)."""
+    """Checkpoint files appear whole or not at all (temporary file, flush, rename).
+
+    Args:
+        marks: written into every file under ``polymodal`` with the schema version and the step, e.g. task and stage.
+    """
+
+    def __init__(self, marks: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self.marks = marks or {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write ``checkpoint``; UserError when the disk is full, with the older file left as it was."""
+        step = checkpoint.get("global_step", 0)
+        checkpoint["polymodal"] = {"schema_version": SCHEMA_VERSION, **self.marks, "step": step}
         atomic_write(Path(path), lambda handle: torch.save(checkpoint, handle))
 
 
@@ -83,8 +95,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 class Checkpoints(L.Callback):
     """``last.ckpt`` (full state), ``previous.ckpt`` (the one before) and ``best.ckpt`` (weights).
 
-    ``last`` is written at epoch ends after validation, and within an epoch every so many minutes or steps. Within an
-    epoch the last batch is left out: Lightning, resumed there, would skip the epoch's validation.
+    ``last`` is written at epoch ends after validation, and within an epoch every so many minutes or steps, always
+    right after an optimizer step: accumulated gradients are not in the file. Within an epoch the last batch is left
+    out: Lightning, resumed there, would skip the epoch's validation. When a later stage finds its first ``best``, the
+    earlier stage's becomes ``stage<n>.ckpt``.
 
     Args:
         run: the run; files go to ``run.folder / "checkpoints"``.
@@ -102,6 +116,7 @@ class Checkpoints(L.Callback):
         self.best: float | None = None
         self.best_epoch = -1
         self._saved_at = time.monotonic()
+        self._step = 0
         self.stop = StopSignals()
 
     def state_dict(self) -> dict[str, Any]:
@@ -112,18 +127,13 @@ class Checkpoints(L.Callback):
         """Restore the best value."""
         self.best, self.best_epoch = state_dict["best"], state_dict["best_epoch"]
 
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Mark the file with its schema version, task and stage."""
-        checkpoint["polymodal"] = {
-            "schema_version": SCHEMA_VERSION,
-            "task": self.run.manifest["task"],
-            "stage": self.stage,
-            "step": trainer.global_step,
-        }
-
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Take over Ctrl-C and SIGTERM."""
         self.stop.install()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Remember where training starts."""
+        self._step = trainer.global_step
 
     def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         """Give the signals back."""
@@ -131,6 +141,9 @@ class Checkpoints(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save by time or steps, and when the user asked to stop."""
+        if trainer.global_step == self._step:  # in the middle of an accumulation
+            return
+        self._step = trainer.global_step
         last_batch = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         config = self.config
         due = bool(config.checkpoint_every_steps) and trainer.global_step % config.checkpoint_every_steps == 0
@@ -157,9 +170,18 @@ class Checkpoints(L.Callback):
             raise UserError(f"monitor {self.monitor!r} is not a validation metric; there are: {known}")
         value = pl_module.last_metrics[self.monitor]
         better = self.best is None or (value > self.best if self.mode == "max" else value < self.best)
-        if better:
+        if better and not math.isnan(value):
+            if self.best is None and trainer.is_global_zero:
+                self._keep_earlier_stage()
             self.best, self.best_epoch = value, trainer.current_epoch
             trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=True)
+
+    def _keep_earlier_stage(self) -> None:
+        path = self.folder / "best.ckpt"
+        if path.is_file():
+            stage = load_checkpoint(path).get("polymodal", {}).get("stage", self.stage)
+            if stage != self.stage:
+                _link(path, self.folder / f"stage{stage}.ckpt")
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Save at the end of an epoch, after its validation."""
@@ -174,15 +196,23 @@ class Checkpoints(L.Callback):
         """Write ``last.ckpt``; the one before becomes ``previous.ckpt`` without a moment in which neither exists."""
         last, previous = self.folder / "last.ckpt", self.folder / "previous.ckpt"
         if trainer.is_global_zero and last.exists():
-            spare = self.folder / ".previous.tmp"
-            spare.unlink(missing_ok=True)
-            os.link(last, spare)
-            spare.replace(previous)
+            _link(last, previous)
         trainer.save_checkpoint(last)
         self._saved_at = time.monotonic()
 
     def _farewell(self, what: str) -> str:
         return f"{what}; continue with --resume {self.run.folder}"
+
+
+def _link(source: Path, target: Path) -> None:
+    """``target`` becomes ``source``, which stays, without a moment in which it is neither the old nor the new one."""
+    spare = target.with_name(f".{target.name}.tmp")
+    spare.unlink(missing_ok=True)
+    try:
+        os.link(source, spare)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, spare)
+    spare.replace(target)
 
 
 class StopSignals:
@@ -261,11 +291,15 @@ class MetricRows(L.Callback):
     def __init__(self, run: Run, every: int, step_offset: int = 0) -> None:
         self.run, self.every, self.offset = run, max(1, every), step_offset
         self._reset(time.perf_counter())
-        self._logged = -1
+        self._logged = 0
 
     def _reset(self, now: float) -> None:
         self._begin, self._ended = now, now
         self._waited, self._steps, self._samples = 0.0, 0, 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """The step that training starts from has its row, or is none."""
+        self._logged = trainer.global_step
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Leave validation time out of the throughput."""

@@ -93,7 +93,7 @@ def build_trainer(
         "deterministic": config.deterministic,
         "logger": run.loggers,
         "callbacks": [*callbacks, *shared],
-        "plugins": [AtomicCheckpointIO()],
+        "plugins": [AtomicCheckpointIO({"task": run.manifest["task"], "stage": stage})],
         "default_root_dir": run.folder,
         "enable_checkpointing": False,
         "enable_model_summary": False,
@@ -212,11 +212,15 @@ def evaluate(module: TaskModule, data: L.LightningDataModule, trainer: L.Trainer
     return dict(module.last_metrics)
 
 
-def load_best(module: TaskModule, run: Run) -> None:
-    """Load ``best.ckpt`` into the module where the run kept one."""
-    path = run.folder / "checkpoints" / "best.ckpt"
-    if path.is_file():
-        module.load_state_dict(load_checkpoint(path)["state_dict"])
+def load_best(module: TaskModule, run: Run, stage: int = 0) -> None:
+    """Load the best weights of ``stage`` into the module, where the run kept some."""
+    folder = run.folder / "checkpoints"
+    for path in (folder / "best.ckpt", folder / f"stage{stage}.ckpt"):
+        if path.is_file():
+            checkpoint = load_checkpoint(path)
+            if checkpoint.get("polymodal", {}).get("stage", stage) == stage:
+                module.load_state_dict(checkpoint["state_dict"])
+                return
 
 
 def fit_and_test(
@@ -235,7 +239,7 @@ def fit_and_test(
     trainer = fit(
         module, data, config, run, callbacks, monitor=monitor, mode=mode, stage=stage, step_offset=step_offset
     )
-    load_best(module, run)
+    load_best(module, run, stage)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by Lightning's callback connector
         if isinstance(callback, MetricRows):
             callback.offset = step_offset + trainer.global_step

@@ -183,10 +183,10 @@ def run_stages(
         offset = config.stage1_epochs * steps_per_epoch(data1, config)
         if resumed_stage != 2:
             trainer_config = dataclasses.replace(config.trainer, max_epochs=config.stage1_epochs)
-            fit(stage1, data1, trainer_config, run, monitor="val/loss", mode="min", stage=1)
-            load_best(stage1, run)
             if config.stage == "1":
-                return {**stage1.last_metrics}, None
+                return fit_and_test(stage1, data1, trainer_config, run, monitor="val/loss", mode="min", stage=1), None
+            fit(stage1, data1, trainer_config, run, monitor="val/loss", mode="min", stage=1)
+            load_best(stage1, run, stage=1)
             transfer_stage1(module.model, stage1.model.state_dict())
     elif config.stage1_checkpoint is not None and resumed_stage is None:
         load_stage1(module, config.stage1_checkpoint)
@@ -262,15 +262,20 @@ def load_stage1(module: SLTModule, path: Path) -> None:
     """Strict weight transfer from a stage-1 run folder or checkpoint file.
 
     Raises:
-        UserError: no such file, another vocabulary, or weights that do not fit.
+        UserError: no such file, another stage or vocabulary, or weights that do not fit.
     """
     from polymodal.callbacks import load_checkpoint
 
     from slt.losses import transfer_stage1
     from slt.module import check_vocabulary
 
-    file = path / "checkpoints" / "best.ckpt" if path.is_dir() else path
+    file = path
+    if path.is_dir():  # a run of both stages keeps the first one's weights under a name of their own
+        folder = path / "checkpoints"
+        file = folder / "stage1.ckpt" if (folder / "stage1.ckpt").is_file() else folder / "best.ckpt"
     checkpoint = load_checkpoint(file)
+    if checkpoint.get("slt", {}).get("stage") != 1:
+        raise UserError(f"{file} is no checkpoint of stage 1; give a run of slt-train --stage 1 or both, or its file")
     check_vocabulary(checkpoint, module.tokenizer, str(file))
     transfer_stage1(module.model, checkpoint["state_dict"])
 
