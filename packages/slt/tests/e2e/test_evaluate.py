@@ -180,6 +180,8 @@ def test_a_frame_cache_is_used_where_it_is_there_and_else_does_no_harm(
     folder = untrained_run(dataclasses.replace(config, loader=loader))
     first = slt_eval("--checkpoint", folder, "--probes", "false")
     assert "decoded anew" not in first.err
+    other = slt_eval("--checkpoint", folder, "--probes", "false", "--data.lowercase", "false")
+    assert "frames are decoded anew" in other.err  # other data: their clips may not be in the cache
     shutil.rmtree(tmp_path / "cache")
     second = slt_eval("--checkpoint", folder, "--probes", "false")
     assert "frames are decoded anew" in second.err

@@ -65,10 +65,13 @@ def test_without_a_question_and_by_id(trained_run, clips, slt_translate) -> None
 def test_case_and_blanks_of_a_question_do_not_matter_where_texts_are_lower_cased(
     trained_run, clips, slt_translate
 ) -> None:
-    clip = clips[0]
-    spelled = "  " + clip.question.upper().replace(" ", "   ")
-    result = slt_translate("--checkpoint", trained_run, "--video", clip.id, "--question", spelled)
-    assert result.out == stored(trained_run, "ssaw")[clip.id] + "\n"
+    spelled = ["  " + clip.question.upper().replace(" ", "   ") for clip in clips]
+    ids = [clip.id for clip in clips]
+    result = slt_translate("--checkpoint", trained_run, "--video", *ids, "--question", *spelled)
+    assert dict(line.split("\t") for line in result.out.splitlines()) == stored(trained_run, "ssaw")
+    unknown = [question.replace("W", "X").replace("D", "X") for question in spelled]
+    other = slt_translate("--checkpoint", trained_run, "--video", *ids, "--question", *unknown)
+    assert other.out != result.out  # words do matter
 
 
 def test_the_extra_folder_level_of_phoenix(trained_run, clips, slt_translate, tmp_path) -> None:
