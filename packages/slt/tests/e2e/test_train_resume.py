@@ -1,0 +1,279 @@
+"""Runs of both stages, killed at the moments that matter, end like the run that nobody killed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from polymodal.callbacks import Checkpoints, load_checkpoint
+from polymodal.logs import CsvLog
+from slt import probes, train
+from slt.module import SLTModule
+
+# 16 clips in batches of 4: 4 steps an epoch, steps 1 to 8 in stage 1, 9 to 16 in stage 2.
+OPTIONS = ["--config", "smoke", "--data.sizes", "[16, 4, 4]", "--loader.batch_size", "4", "--stage1_epochs", "2"]
+OPTIONS += ["--epochs", "2", "--log.wandb", "off", "--trainer.progress", "none"]
+Patch = Callable[[], None]
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("POLYMODAL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def slt_train(out: Path, *arguments: object, patch: Patch = lambda: None) -> tuple[int, str]:
+    """The command in a forked process that ``patch`` prepares; exit code (negative: signal) and stderr."""
+    out.mkdir(parents=True, exist_ok=True)
+    log = out / "stderr.txt"
+
+    def child() -> None:
+        with log.open("w") as handle:
+            os.dup2(handle.fileno(), 2)
+            sys.stderr, sys.stdout = handle, Path(os.devnull).open("w")
+            sys.argv = ["slt-train", *map(str, arguments), "--out", str(out / "runs")]
+            torch.set_num_threads(1)
+            patch()
+            code = train.main()
+            handle.flush()
+            os._exit(code)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(240)
+    assert process.exitcode is not None, "the run hangs"
+    return process.exitcode, log.read_text()
+
+
+def folder_of(out: Path) -> Path:
+    (folder,) = (out / "runs" / "slt").glob("*/")
+    return folder
+
+
+def manifest(folder: Path) -> dict:
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def rows(folder: Path) -> list[list[str]]:
+    with (folder / "metrics.csv").open() as handle:
+        return [row for row in csv.reader(handle) if not row[2].startswith("perf/")]
+
+
+def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_checkpoint(folder / "checkpoints" / f"{name}.ckpt")["state_dict"]
+
+
+def same(whole: Path, killed: Path) -> None:
+    assert manifest(killed)["status"] == "finished"
+    assert manifest(killed)["metrics"] == manifest(whole)["metrics"]
+    assert rows(killed) == rows(whole)
+    for name in ("last", "best", "stage1"):
+        left, right = weights(whole, name), weights(killed, name)
+        assert left.keys() == right.keys()
+        assert all(torch.equal(value, right[key]) for key, value in left.items()), name
+    for file in ("audit.json", "samples/test-translations.jsonl", "predictions/ssaw.jsonl"):
+        assert (killed / file).read_bytes() == (whole / file).read_bytes(), file
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("whole")
+    code, error = slt_train(out, *OPTIONS)
+    assert code == 0, error
+    folder = folder_of(out)
+    steps = [int(row[0]) for row in rows(folder)[1:] if row[2] == "train/loss"]
+    assert steps == list(range(1, 17))
+    return folder
+
+
+# ------------------------------------------------------------------ moments
+
+
+def at_loss(number: int) -> Patch:
+    """In the middle of a training step, counted over both stages."""
+
+    def patch() -> None:
+        original, calls = SLTModule.loss, [0]
+
+        def loss(self, batch, generator):
+            calls[0] += 1
+            result = original(self, batch, generator)
+            if calls[0] == number:
+                die()
+            return result
+
+        SLTModule.loss = loss
+
+    return patch
+
+
+def between_best_and_last_of_stage_2() -> None:
+    """Stage 2 has written its first best weights; the last checkpoint is still stage 1's."""
+    original = Checkpoints.on_validation_end
+
+    def on_validation_end(self, trainer, module):
+        original(self, trainer, module)
+        if self.stage == 2:
+            die()
+
+    Checkpoints.on_validation_end = on_validation_end
+
+
+def between_the_stages() -> None:
+    """Stage 1 is complete, nothing of stage 2 exists."""
+    from slt import losses
+
+    losses.transfer_stage1 = lambda *arguments: die()
+
+
+def in_the_test() -> None:
+    """Training is over, some of the test clips are translated."""
+    SLTModule.test_step = lambda *arguments: die()
+
+
+def in_the_audit() -> None:
+    """The test's rows are written, the audit's probe is being trained."""
+    probes.question_only_predictions = lambda *arguments: die()
+
+
+def in_a_row_of_metrics() -> None:
+    """A line of metrics.csv is half written."""
+    original = CsvLog.log_metrics
+
+    def log_metrics(self, metrics, step=None):
+        if step == 11 and "train/loss" in metrics:
+            with self.path.open("a") as handle:
+                handle.write("11,0,train/lo")
+            die()
+        original(self, metrics, step)
+
+    CsvLog.log_metrics = log_metrics
+
+
+MOMENTS: dict[str, Patch] = {
+    "stage 1, first step": at_loss(1),
+    "stage 1, second epoch": at_loss(6),
+    "between the stages": between_the_stages,
+    "stage 2, first epoch": at_loss(11),
+    "between best and last of stage 2": between_best_and_last_of_stage_2,
+    "stage 2, second epoch": at_loss(14),
+    "half a row of metrics": in_a_row_of_metrics,
+    "test": in_the_test,
+    "audit": in_the_audit,
+}
+FAST = ("stage 1, second epoch", "between best and last of stage 2", "stage 2, second epoch")
+
+
+@pytest.mark.parametrize("every", [0, 1], ids=["checkpoints at epoch ends", "checkpoints at every step"])
+@pytest.mark.parametrize(
+    "moment", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in MOMENTS]
+)
+def test_killed_and_resumed(whole: Path, tmp_path: Path, moment: str, every: int) -> None:
+    code, error = slt_train(tmp_path, *OPTIONS, "--trainer.checkpoint_every_steps", every, patch=MOMENTS[moment])
+    assert code == -signal.SIGKILL, error
+    killed = folder_of(tmp_path)
+    assert manifest(killed)["status"] == "running"
+    what = killed if every else "auto"
+    options = [] if every else OPTIONS  # a run folder brings its own configuration
+    code, error = slt_train(tmp_path, *options, "--resume", what)
+    assert code == 0, error
+    same(whole, killed)
+    assert len(manifest(killed)["resumed"]) == 1
+
+
+@pytest.mark.slow
+def test_killed_again_and_again(whole: Path, tmp_path: Path) -> None:
+    patches = [at_loss(3), at_loss(4), between_best_and_last_of_stage_2, at_loss(2), in_the_audit]
+    assert slt_train(tmp_path, *OPTIONS, patch=patches[0])[0] == -signal.SIGKILL
+    for patch in patches[1:]:
+        assert slt_train(tmp_path, *OPTIONS, "--resume", "auto", patch=patch)[0] == -signal.SIGKILL
+    code, error = slt_train(tmp_path, *OPTIONS, "--resume", "auto")
+    assert code == 0, error
+    same(whole, folder_of(tmp_path))
+    assert len(manifest(folder_of(tmp_path))["resumed"]) == 5
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_of_stage_2_goes_back_to_stage_1(whole: Path, tmp_path: Path) -> None:
+    assert slt_train(tmp_path, *OPTIONS, patch=at_loss(14))[0] == -signal.SIGKILL
+    killed = folder_of(tmp_path)
+    assert load_checkpoint(killed / "checkpoints" / "previous.ckpt")["polymodal"]["stage"] == 1
+    (killed / "checkpoints" / "last.ckpt").write_bytes(b"nothing")
+    code, error = slt_train(tmp_path, "--resume", killed)
+    assert code == 0, error
+    assert "going on from previous.ckpt" in error
+    same(whole, killed)
+
+
+def test_ctrl_c_in_stage_2_saves_and_says_how_to_go_on(whole: Path, tmp_path: Path) -> None:
+    def patch() -> None:
+        original, calls = SLTModule.loss, [0]
+
+        def loss(self, batch, generator):
+            calls[0] += 1
+            if calls[0] == 10:
+                os.kill(os.getpid(), signal.SIGINT)
+            return original(self, batch, generator)
+
+        SLTModule.loss = loss
+
+    code, error = slt_train(tmp_path, *OPTIONS, patch=patch)
+    killed = folder_of(tmp_path)
+    assert code == 130
+    assert error.strip().splitlines()[-1] == f"slt-train: saved at step 2; continue with --resume {killed}"
+    assert manifest(killed)["status"] == "interrupted"
+    code, error = slt_train(tmp_path, "--resume", killed)
+    assert code == 0, error
+    same(whole, killed)
+
+
+# ------------------------------------------------------------------ stage 1 on its own
+
+
+def test_stage_1_alone_gives_the_weights_that_both_stages_start_from(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "one"
+    code, error = slt_train(out, *OPTIONS, "--stage", "1")
+    assert code == 0, error
+    first = folder_of(out)
+    names = {
+        "test/loss",
+        "test/contrastive_vs",
+        "test/contrastive_vq",
+        "test/restore_question",
+        "test/restore_sentence",
+    }
+    assert set(manifest(first)["metrics"]) == names
+    left, right = weights(first, "best"), weights(whole, "stage1")
+    assert all(torch.equal(value, right[key]) for key, value in left.items())
+    code, error = slt_train(out, "--resume", first)
+    assert code == 0, error
+    assert set(manifest(first)["metrics"]) == names
+    # Stage 2 from its folder is stage 2 of the run of both, but for the steps that count from 0.
+    for number, source in enumerate((first, whole, whole / "checkpoints" / "stage1.ckpt")):
+        options = ["--stage", "2", "--stage1_checkpoint", source, "--audit.question_only", "false"]
+        code, error = slt_train(tmp_path / f"two{number}", *OPTIONS, *options)
+        assert code == 0, error
+        second = folder_of(tmp_path / f"two{number}")
+        assert manifest(second)["metrics"]["test/bleu4"] == manifest(whole)["metrics"]["test/bleu4"]
+        left, right = weights(second, "last"), weights(whole, "last")
+        assert all(torch.equal(value, right[key]) for key, value in left.items())
+
+
+def test_a_checkpoint_of_stage_2_is_no_start_for_stage_2(whole: Path, tmp_path: Path) -> None:
+    last = whole / "checkpoints" / "last.ckpt"
+    code, error = slt_train(tmp_path, *OPTIONS, "--stage", "2", "--stage1_checkpoint", last)
+    assert code == 2
+    assert error.strip().splitlines()[-1].startswith(f"slt-train: error: {last} is no checkpoint of stage 1")
