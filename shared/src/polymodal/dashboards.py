@@ -180,8 +180,10 @@ def build_workspace(layout: Layout, entity: str, project: str, name: str) -> Any
 
 
 def _wandb_panel(panel: Panel) -> Any:
-    import wandb_workspaces.reports.v2 as wr
+    import importlib
 
+    # By name: the module has no type information for what it re-exports.
+    wr: Any = importlib.import_module("wandb_workspaces.reports.v2")
     grouped: dict[str, Any] = {
         "groupby": wr.Config("method"),
         "groupby_aggfunc": "mean",
