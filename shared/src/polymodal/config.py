@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import yaml
 
+from polymodal.errors import UserError
+
 __all__ = ["JobConfig", "LoggingConfig", "RunConfig", "TrainerConfig", "config_hash", "to_dict", "to_yaml"]
 
 
@@ -23,8 +25,8 @@ class TrainerConfig:
     """passes over the training data"""
     max_steps: int = -1
     """stop after so many optimizer steps (-1: by epochs)"""
-    accelerator: str = "auto"
-    """auto, cpu, gpu, mps"""
+    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
+    """where to compute; auto: what is there"""
     devices: int = 1
     """number of devices (data parallel above 1)"""
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = "32-true"
@@ -49,6 +51,14 @@ class TrainerConfig:
     """progress display; auto: bar on a terminal, a line an epoch elsewhere"""
     extra: dict[str, Any] = field(default_factory=dict)
     """further arguments of lightning.Trainer"""
+
+    def __post_init__(self) -> None:
+        for name in ("devices", "accumulate", "val_every_epochs", "log_every_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"trainer.{name}={getattr(self, name)}; expected at least 1")
+        for name in ("clip_grad", "checkpoint_every_epochs", "checkpoint_every_minutes", "checkpoint_every_steps"):
+            if getattr(self, name) < 0:
+                raise UserError(f"trainer.{name}={getattr(self, name)}; expected 0 (off) or more")
 
 
 @dataclass

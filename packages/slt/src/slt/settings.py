@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from polymodal.config import RunConfig
+from polymodal.errors import UserError
 
 from slt.config import LossConfig, ModelConfig
 from slt.data.base import SLTData
@@ -37,6 +38,16 @@ class OptimConfig:
     min_lr: float = 1e-8
     """end of the cosine"""
 
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise UserError(f"lr={self.lr}; expected more than 0")
+        if not 0 <= self.warmup <= 1:
+            raise UserError(f"warmup={self.warmup}; expected 0..1, a share of all steps")
+        if self.weight_decay < 0:
+            raise UserError(f"weight_decay={self.weight_decay}; expected 0 or more")
+        if not 0 <= self.min_lr <= self.lr:
+            raise UserError(f"min_lr={self.min_lr}; expected 0..{self.lr}, the peak lr")
+
 
 @dataclass
 class TokenizerConfig:
@@ -62,6 +73,11 @@ class DecodeConfig:
     """exponent of the length in the beam score"""
     max_new_tokens: int = 0
     """longest translation; 0: 1.5 times the longest training target"""
+
+    def __post_init__(self) -> None:
+        for name, least in (("beams", 1), ("val_beams", 1), ("max_new_tokens", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name}={getattr(self, name)}; expected at least {least}")
 
 
 @dataclass

@@ -181,6 +181,8 @@ def run_stages(
         stage1 = module if config.stage == "1" else build_module(config, tokenizer, stage=1)
         data1 = data_module(config, tokenizer, config.stage1_batch_size)
         offset = config.stage1_epochs * steps_per_epoch(data1, config)
+        if config.trainer.max_steps >= 0:
+            offset = min(offset, config.trainer.max_steps)
         if resumed_stage != 2:
             trainer_config = dataclasses.replace(config.trainer, max_epochs=config.stage1_epochs)
             if config.stage == "1":

@@ -1,0 +1,222 @@
+"""What can be wrong with options, data, disk and machine ends in one line with a remedy, and nothing is lost."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from polymodal.callbacks import load_checkpoint
+from slt import train
+
+spec = importlib.util.spec_from_file_location("slt_bad_input_layouts", Path(__file__).parent / "_layouts.py")
+layouts = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(layouts)
+
+SMALL = ["--config", "smoke", "--stage", "2", "--data.sizes", "[6, 3, 3]", "--audit.question_only", "false"]
+QUIET = ["--log.wandb", "off", "--trainer.progress", "none"]
+
+
+@pytest.fixture
+def slt_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """The command in this process: exit code and the lines on stderr that are not notes."""
+    monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))  # put back after the command
+    monkeypatch.delenv("POLYMODAL_SHARED_RUN", raising=False)
+    threads = torch.get_num_threads()
+
+    def call(*arguments: object) -> tuple[int, list[str]]:
+        capsys.readouterr()
+        out = [] if "--out" in arguments else ["--out", tmp_path / "runs"]
+        monkeypatch.setattr(sys, "argv", ["slt-train", *map(str, [*arguments, *QUIET, *out])])
+        code = train.main()
+        lines = capsys.readouterr().err.splitlines()
+        return code, [line for line in lines if line.startswith(("slt-train: error: ", "slt-train: failed: "))]
+
+    yield call
+    torch.set_num_threads(threads)
+
+
+def only_line(result: tuple[int, list[str]]) -> str:
+    code, lines = result
+    assert code == 2, lines
+    assert len(lines) == 1
+    assert lines[0].startswith("slt-train: error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--trainer.devices", "0"], "trainer.devices=0; expected at least 1"),
+        (["--trainer.accumulate", "0"], "trainer.accumulate=0; expected at least 1"),
+        (["--trainer.val_every_epochs", "0"], "trainer.val_every_epochs=0; expected at least 1"),
+        (["--trainer.clip_grad", "-1"], "trainer.clip_grad=-1.0; expected 0 (off) or more"),
+        (["--trainer.accelerator", "abacus"], "abacus"),
+        (["--trainer.extra.no_such_option", "1"], "no_such_option"),
+        (["--threads", "0"], "threads=0; expected at least 1"),
+        (["--optim.lr", "-1"], "lr=-1.0; expected more than 0"),
+        (["--optim.warmup", "2"], "warmup=2.0; expected 0..1"),
+        (["--decode.beams", "0"], "beams=0; expected at least 1"),
+        (["--decode.max_new_tokens", "500"], "500 tokens, but the model has 64 positions"),
+        (["--model.max_positions", "4"], "5 tokens, the model has 4 positions; shorten the sentence or raise"),
+        (["--model.max_positions", "8"], "question and signs of one sample: 17 tokens, but the model has 8 positions"),
+        (["--stage", "3"], "stage"),
+        (["--tokenizer.kind", "pretrained"], "needs --tokenizer.path DIR"),
+        (["--tokenizer.path", "/nowhere"], "/nowhere; give the folder of an mBART"),
+        (["--model.pretrained_text", "/nowhere"], "/nowhere/config.json does not exist"),
+        (["--model.backbone", "resnet18", "--model.backbone_weights", "/nowhere.pth"], "/nowhere.pth does not exist"),
+        (["--loader.frame_cache", "/nowhere"], "/nowhere/index.json is missing"),
+        (["--loader.feature_cache", "/nowhere"], "model.backbone=features and loader.feature_cache go together"),
+        (["--model.backbone", "pose"], "pose_landmarks"),
+        (["--data.questions", "/nowhere"], "question folder: /nowhere does not exist"),
+        (["--data.noise", "2"], "noise=2.0; expected 0..1"),
+        (["--data.colour", "red"], "colour"),
+        (["--resume", "auto"], "no unfinished run of this configuration and seed"),
+        (["--resume", "/nowhere"], "no such run folder or checkpoint"),
+        (["--stage1_checkpoint", "/nowhere.ckpt"], "no checkpoint at /nowhere.ckpt"),
+        (["stray"], "stray"),
+    ],
+)
+def test_options(slt_train, options: list[str], words: str) -> None:
+    assert words in only_line(slt_train(*SMALL, *options))
+
+
+def test_a_configuration_file_with_mistakes(slt_train, tmp_path: Path) -> None:
+    for text, words in (
+        ("model:\n  widht: 3\n", "widht"),
+        ("model: [", "not valid YAML"),
+        ("data: phoenx2014t\n", "did you mean phoenix2014t"),
+    ):
+        (tmp_path / "own.yaml").write_text(text)
+        assert words in only_line(slt_train("--config", tmp_path / "own.yaml"))
+
+
+# ------------------------------------------------------------------ data
+
+
+@pytest.fixture
+def phoenix(tmp_path: Path) -> Path:
+    return layouts.phoenix(tmp_path / "data" / "PHOENIX-2014-T", size=(32, 40))
+
+
+@pytest.fixture
+def on_phoenix(slt_train, phoenix: Path) -> Callable[..., tuple[int, list[str]]]:
+    options = ["--config", "smoke", "--stage", "2", "--data", "phoenix2014t", "--data.root", phoenix]
+    return lambda *more: slt_train(*options, "--data.questions", phoenix.parent / "questions", *more)
+
+
+def clip(phoenix: Path) -> Path:
+    return phoenix / "features" / "fullFrame-210x260px" / "train" / "11August_2010_Wednesday_tagesschau-2"
+
+
+def test_a_broken_frame_is_named_by_a_worker_too(on_phoenix, phoenix: Path) -> None:
+    bad = clip(phoenix) / "images0003.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    for workers in (0, 1):
+        line = only_line(on_phoenix("--loader.num_workers", workers))
+        assert str(bad) in line
+        assert "copy or extract it again" in line
+
+
+def test_a_frame_of_another_size(on_phoenix, phoenix: Path) -> None:
+    layouts.picture(1, (20, 20)).save(clip(phoenix) / "images0004.png")
+    assert "images0004.png is 20x20, the clip's first frame is 32x40" in only_line(on_phoenix())
+
+
+def test_a_frame_lost_after_indexing(on_phoenix, phoenix: Path) -> None:
+    assert on_phoenix("--dry_run", "true")[0] == 0
+    (clip(phoenix) / "images0016.png").unlink()
+    assert "has 15 frames, 16 when it was indexed; the index was dropped" in only_line(on_phoenix())
+    assert on_phoenix("--dry_run", "true")[0] == 0, "indexed again"
+
+
+def test_a_split_without_rows_or_file(on_phoenix, phoenix: Path) -> None:
+    path = phoenix / "annotations" / "manual" / "PHOENIX-2014-T.dev.corpus.csv"
+    path.write_text(path.read_text().splitlines()[0] + "\n")
+    assert "has no rows" in only_line(on_phoenix())
+    path.unlink()
+    assert str(path) in only_line(on_phoenix())
+
+
+def test_one_clip_in_two_splits(on_phoenix, phoenix: Path) -> None:
+    folder = phoenix / "annotations" / "manual"
+    row = (folder / "PHOENIX-2014-T.dev.corpus.csv").read_text().splitlines()[1]
+    with (folder / "PHOENIX-2014-T.train.corpus.csv").open("a") as handle:
+        handle.write(row + "\n")
+    frames = phoenix / "features" / "fullFrame-210x260px"
+    (frames / "train" / "05May_2011_Thursday_tagesschau-3").symlink_to(
+        frames / "dev" / "05May_2011_Thursday_tagesschau-3"
+    )
+    questions = phoenix.parent / "questions"
+    with (questions / "train.jsonl").open("a") as handle:
+        handle.write((questions / "dev.jsonl").read_text())
+    line = only_line(on_phoenix())
+    assert "05May_2011_Thursday_tagesschau-3 is in train and dev; a video belongs to one split" in line
+
+
+def test_data_that_changed_since_the_run_started(slt_train, on_phoenix, phoenix: Path, tmp_path: Path) -> None:
+    assert on_phoenix("--trainer.max_steps", "1", "--audit.enabled", "false")[0] == 0
+    (folder,) = (tmp_path / "runs" / "slt").glob("*/")
+    questions = phoenix.parent / "questions" / "train.jsonl"
+    questions.write_text(questions.read_text().replace("Wie wird der Montag ?", "Und der Montag ?"))
+    assert "the data changed since that run started" in only_line(slt_train("--resume", folder))
+
+
+# ------------------------------------------------------------------ disk
+
+
+def test_a_disk_that_fills_up(slt_train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, count = torch.save, [0]
+
+    def full(value, handle, *rest, **options):
+        count[0] += 1
+        if count[0] == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(value, handle, *rest, **options)
+
+    monkeypatch.setattr(torch, "save", full)
+    options = [*SMALL, "--epochs", "3", "--trainer.checkpoint_every_steps", "1", "--loader.batch_size", "2"]
+    line = only_line(slt_train(*options))
+    assert "disk full while writing" in line
+    assert "continue with --resume" in line
+    (folder,) = (tmp_path / "runs" / "slt").glob("*/")
+    assert json.loads((folder / "manifest.json").read_text())["status"] == "failed"
+    assert load_checkpoint(folder / "checkpoints" / "last.ckpt")["polymodal"]["step"] == 2
+    assert slt_train("--resume", folder)[0] == 0
+
+
+def test_a_cache_folder_that_cannot_be_written(slt_train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("POLYMODAL_CACHE", str(tmp_path / "file"))
+    assert "POLYMODAL_CACHE" in only_line(slt_train(*SMALL, "--data.world_seed", "77"))
+
+
+# ------------------------------------------------------------------ machine
+
+
+def test_no_terminal_no_home_no_account(tmp_path: Path) -> None:
+    """As a job without a home folder: W&B is offline, nothing is asked, nothing is written beside the run folder."""
+    program = Path(sys.executable).parent / "slt-train"
+    keep = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "HOME": str(tmp_path / "absent")}
+    done = subprocess.run(
+        [program, *SMALL, "--data.root", tmp_path / "worlds", "--audit.enabled", "false"],
+        cwd=tmp_path,
+        env=keep | {"POLYMODAL_CACHE": str(tmp_path / "cache")},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    (command,) = [line.split("upload")[1].strip() for line in done.stdout.splitlines() if line.startswith("upload")]
+    assert command.startswith("wandb sync ")
+    assert (tmp_path / command.removeprefix("wandb sync ")).is_dir()
+    assert "\x1b[" not in done.stdout + done.stderr, "no colours and bars where there is no terminal"
+    assert {p.name for p in tmp_path.iterdir()} - {"absent"} == {"cache", "runs", "worlds"}
