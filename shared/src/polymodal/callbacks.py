@@ -399,6 +399,8 @@ class PlainProgress(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Write the line."""
+        if not trainer.is_global_zero:
+            return
         done = trainer.current_epoch + 1
         spent = time.monotonic() - self._start
         total = trainer.max_epochs or done

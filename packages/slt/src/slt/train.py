@@ -254,9 +254,10 @@ def cached_reader(config: SLTConfig) -> SLTData:
 
 
 def steps_per_epoch(data: SLTDataModule, config: SLTConfig) -> int:
-    """Optimizer steps of one pass over the training data."""
+    """Optimizer steps of one pass over the training data, before processes are started."""
     data.setup("fit")
     batches = len(data.train_sampler) if data.train_sampler is not None else 0
+    batches = -(-batches // config.trainer.devices)
     return -(-batches // config.trainer.accumulate)
 
 

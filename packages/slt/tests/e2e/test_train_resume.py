@@ -7,7 +7,9 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -277,3 +279,58 @@ def test_a_checkpoint_of_stage_2_is_no_start_for_stage_2(whole: Path, tmp_path: 
     code, error = slt_train(tmp_path, *OPTIONS, "--stage", "2", "--stage1_checkpoint", last)
     assert code == 2
     assert error.strip().splitlines()[-1].startswith(f"slt-train: error: {last} is no checkpoint of stage 1")
+
+
+# ------------------------------------------------------------------ the x-axis
+
+
+def steps(folder: Path) -> list[int]:
+    return [int(row[0]) for row in rows(folder)[1:] if row[2] == "train/loss"]
+
+
+def test_steps_of_both_stages_follow_each_other_when_stopped_by_steps(tmp_path: Path) -> None:
+    options = ["--trainer.max_steps", "3", "--audit.enabled", "false"]
+    code, error = slt_train(tmp_path, *OPTIONS, *options)
+    assert code == 0, error
+    assert steps(folder_of(tmp_path)) == [1, 2, 3, 4, 5, 6]
+
+
+PROGRAM = Path(sys.executable).parent / "slt-train"
+
+
+@pytest.mark.slow
+def test_two_processes_share_one_run(tmp_path: Path) -> None:
+    options = ["--trainer.devices", "2", "--trainer.accelerator", "cpu", "--audit.question_only", "false"]
+    options += ["--out", str(tmp_path / "runs"), "--trainer.progress", "plain"]
+    done = subprocess.run([PROGRAM, *OPTIONS, *options], capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = folder_of(tmp_path)
+    assert manifest(folder)["status"] == "finished"
+    # 2 steps an epoch: each process has half of the 4 batches.
+    assert steps(folder) == list(range(1, 9))
+    assert len(rows(folder)) == len({tuple(row[:3]) for row in rows(folder)}), "rank 0 alone writes"
+    assert done.stderr.count("epoch 1/2") == 2, "a line an epoch and stage"
+    assert len(json.loads((folder / "audit.json").read_text())["rows"]) >= 3
+    ids = [json.loads(line)["video_id"] for line in (folder / "predictions" / "ssaw.jsonl").read_text().splitlines()]
+    assert len(ids) == len(set(ids)) == 4
+
+
+@pytest.mark.slow
+def test_the_console_script_killed_at_any_moment(whole: Path, tmp_path: Path) -> None:
+    """As it happens to users: SIGKILL from outside, whenever; then ``--resume auto``."""
+    for number, step in enumerate((3, 7, 10, 13)):
+        out = tmp_path / str(number)
+        command = [PROGRAM, *OPTIONS, "--out", out / "runs", "--trainer.checkpoint_every_steps", "1"]
+        process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 200
+        while process.poll() is None and time.monotonic() < deadline:
+            found = list((out / "runs" / "slt").glob("*/metrics.csv"))
+            if found and f"\n{step},0,train/loss" in found[0].read_text().replace(f"\n{step},1,", f"\n{step},0,"):
+                break
+            time.sleep(0.002)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, "the run was over before it was killed"
+        done = subprocess.run([*map(str, command), "--resume", "auto"], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert "run folder" in done.stdout
+        same(whole, folder_of(out))
