@@ -1,4 +1,4 @@
-"""polymodal-slt's wheel alone in a fresh environment: help, a preset by name, the smallest run."""
+"""Each wheel alone in a fresh environment; for polymodal-slt help, a preset by name and the smallest run too."""
 
 from __future__ import annotations
 
@@ -51,3 +51,19 @@ def test_slt_installs_and_runs_alone(environment: Path) -> None:
     assert "wandb sync" in output
     report = call(programs / "polymodal", "report", "runs", cwd=environment, **home)
     assert "ssaw" in report
+
+
+@pytest.mark.parametrize("module", ["polymodal", "fedcore", "vlm_accel", "css", "missing_modal"])
+def test_others_install_alone(environment: Path, module: str, tmp_path: Path) -> None:
+    distribution = "polymodal" if module == "polymodal" else f"polymodal-{module.replace('_', '-')}"
+    call("uv", "venv", tmp_path / "venv", cwd=tmp_path)
+    programs = tmp_path / "venv" / "bin"
+    options = ("--python", programs / "python", "--find-links", environment / "dist")
+    call("uv", "pip", "install", *options, distribution, cwd=tmp_path)
+    installed = call("uv", "pip", "list", "--python", programs / "python", cwd=tmp_path)
+    ours = {line.split()[0] for line in installed.splitlines() if line.startswith("polymodal")}
+    assert ours == {"polymodal", distribution}
+    code = f"import {module}, pathlib; print(pathlib.Path({module}.__file__).parent)"
+    found = Path(call(programs / "python", "-c", code, cwd=tmp_path).strip())
+    assert found.is_relative_to(tmp_path), "imported from the wheel, not from the checkout"
+    assert module in call(programs / "polymodal", "list", cwd=tmp_path) or module == "polymodal"
