@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,39 @@ def test_no_package_imports_a_sibling(package: str) -> None:
     assert files
     for file in files:
         assert not imported(file) & (set(PACKAGES) - {package}), file
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_test_or_experiment_needs_a_sibling(package: str) -> None:
+    folder = ROOT / "packages" / package
+    for file in [*(folder / "tests").rglob("*.py"), *(folder / "experiments").rglob("*.py")]:
+        assert not imported(file) & (set(PACKAGES) - {package}), file
+
+
+@pytest.mark.parametrize("package", SOURCES)
+def test_no_package_names_a_sibling_for_a_late_import(package: str) -> None:
+    targets = re.compile(rf"(?:{'|'.join(set(PACKAGES) - {package})})(?:\.\w+)+(?::\w+)?")
+    for file in SOURCES[package].rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert not targets.fullmatch(node.value), f"{file}:{node.lineno} {node.value}"
+
+
+@pytest.mark.parametrize("package", [p for p in PACKAGES if (SOURCES[p] / "methods").is_dir()])
+def test_ops_and_methods_fit_into_anyones_loop(package: str) -> None:
+    files = [f for part in ("ops", "methods") for f in (SOURCES[package] / part).rglob("*.py")]
+    names = [".".join(f.relative_to(SOURCES[package].parent).with_suffix("").parts) for f in files]
+    names = [name.removesuffix(".__init__") for name in names]
+    assert len(names) > 5
+    code = f"""
+import importlib, sys
+for name in {names!r}:
+    importlib.import_module(name)
+found = [m for m in ("lightning", "wandb", "transformers", "polymodal.trainer") if m in sys.modules]
+assert not found, found
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
