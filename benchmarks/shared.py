@@ -90,9 +90,10 @@ def bare_loop(net: Any, loader: Any, device: str) -> Callable[[], None]:
 
 def calibrate(target_ms: float, device: str) -> int:
     """Samples a batch for which a step of the bare loop takes ``target_ms`` (on a CPU: of CPU time, load or not)."""
-    size, taken = 64, 0.0
+    # As long as a measured epoch: the first steps after a start are slower and would make the batch too small.
+    size, taken, count = 64, 0.0, max(8, round(1000 / target_ms))
     for _ in range(8):
-        module, data = build(size, 8)
+        module, data = build(size, count)
         epoch = bare_loop(module.net.to(device), data.batches, device)
         epoch()
         times = []
@@ -100,7 +101,7 @@ def calibrate(target_ms: float, device: str) -> int:
             start = time.process_time() if device == "cpu" else time.perf_counter()
             epoch()
             times.append((time.process_time() if device == "cpu" else time.perf_counter()) - start)
-        taken = 1000 * min(times) / 8
+        taken = 1000 * statistics.median(times) / count
         if abs(taken / target_ms - 1) < 0.05:
             break
         size = max(8, int(size * min(8.0, target_ms / taken)))
