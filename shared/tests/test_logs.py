@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from polymodal.config import LoggingConfig
 from polymodal.errors import UserError
-from polymodal.logs import CsvLog, make_loggers, wandb_mode
+from polymodal.logs import CsvLog, make_loggers
+from polymodal.wandb_mode import wandb_mode
 
 
 def test_csv_appends_and_rewinds(tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def apply_layout(layout: Layout, project: str, entity: str | None = None, name: 
     if importlib.util.find_spec("wandb_workspaces") is None:
         raise UserError("wandb-workspaces is not installed: pip install 'polymodal[dashboards]' (--dry-run needs none)")
     from polymodal.config import LoggingConfig
-    from polymodal.logs import wandb_mode
+    from polymodal.wandb_mode import wandb_mode
 
     if wandb_mode(LoggingConfig()) != "online":
         raise UserError(

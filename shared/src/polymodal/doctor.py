@@ -257,7 +257,7 @@ def _account() -> Iterator[Finding]:
     """State of the W&B account as the loggers see it; nothing is contacted."""
     try:
         from polymodal.config import LoggingConfig
-        from polymodal.logs import wandb_mode
+        from polymodal.wandb_mode import wandb_mode
 
         mode = wandb_mode(LoggingConfig())
     except ImportError as error:

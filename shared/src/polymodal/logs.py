@@ -18,6 +18,7 @@ from lightning.pytorch.loggers.logger import Logger
 
 from polymodal.errors import UserError
 from polymodal.files import append_text, write_text
+from polymodal.wandb_mode import wandb_mode
 
 if TYPE_CHECKING:
     from polymodal.config import LoggingConfig
@@ -36,7 +37,6 @@ X_AXES = {
 }
 """Metric name pattern -> name of its x-axis. Packages that count rounds or tasks pass their own axis for all."""
 
-WandbMode = Literal["online", "offline"]
 HEADER = ["step", "epoch", "name", "value"]
 
 
@@ -94,38 +94,6 @@ def _rows(path: Path) -> list[list[str]]:
     return [r for r in csv.reader(io.StringIO(complete)) if len(r) == len(HEADER) and r != HEADER]
 
 
-def wandb_mode(config: LoggingConfig) -> Literal["online", "offline", "off"]:
-    """``online``, ``offline`` or ``off``: auto is online only where an account is configured; never a prompt.
-
-    ``WANDB_MODE`` set by the user wins over auto. Tests of a terminal or a login are left out on purpose: wandb would
-    ask there.
-    """
-    if config.wandb != "auto":
-        return config.wandb
-    forced = os.environ.get("WANDB_MODE", "")
-    if forced == "online":
-        return "online"
-    if forced in ("offline", "dryrun"):
-        return "offline"
-    if forced == "disabled":
-        return "off"
-    return "online" if _has_account() else "offline"
-
-
-def _has_account() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    import netrc
-
-    file = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    try:
-        hosts = netrc.netrc(str(file)).hosts
-    except (OSError, netrc.NetrcParseError):
-        return False
-    address = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
-    return address in hosts
-
-
 class WandbLog(Logger):
     """A real W&B run. The whole configuration is sent at init, x-axes are defined, offline needs no account.
 
@@ -141,7 +109,7 @@ class WandbLog(Logger):
         self,
         folder: Path,
         config: dict[str, Any],
-        mode: WandbMode,
+        mode: Literal["online", "offline"],
         settings: Mapping[str, Any],
         axes: Mapping[str, str] | None = None,
     ) -> None:
@@ -198,12 +166,6 @@ class WandbLog(Logger):
         import wandb
 
         self.run.log({key: wandb.Table(columns=list(columns), data=[list(r) for r in rows])})
-
-    def log_images(self, key: str, paths: Sequence[Path]) -> None:
-        """Log picture files."""
-        import wandb
-
-        self.run.log({key: [wandb.Image(str(p)) for p in paths]})
 
     def close(self, exit_code: int = 0) -> str | None:
         """Finish the run; returns the command that uploads an offline run."""

@@ -21,11 +21,11 @@ from polymodal.cli import Interrupted
 from polymodal.config import JobConfig, RunConfig, config_hash, to_dict, to_yaml
 from polymodal.errors import UserError
 from polymodal.files import check_writable, remove_unfinished, write_json, write_text
+from polymodal.run_reader import SCHEMA_VERSION, read_run
 from polymodal.seeding import set_threads
 
 __all__ = ["SCHEMA_VERSION", "Run", "find_resume", "read_manifest"]
 
-SCHEMA_VERSION = 1
 _SHARED_RUN = "POLYMODAL_SHARED_RUN"
 _VERSIONS = ("polymodal", "torch", "torchvision", "transformers", "lightning", "numpy", "sacrebleu", "timm", "wandb")
 log = logging.getLogger(__name__)
@@ -43,11 +43,13 @@ class Run:
         loggers: Lightning loggers (CSV first).
         manifest: content of manifest.json.
         checkpoint: checkpoint to continue from, or None.
+        checkpoint_marks: its task, stage and step, once it was read.
         is_writer: false in the further processes of a data-parallel run, which share the folder and write nothing.
     """
 
     def __init__(self, folder: Path, config: JobConfig, manifest: dict[str, Any], checkpoint: Path | None) -> None:
         self.folder, self.config, self.manifest, self.checkpoint = folder, config, manifest, checkpoint
+        self.checkpoint_marks: dict[str, Any] | None = None
         self.seed = config.seed
         self._started = time.monotonic()
         self.loggers: list[Any] = []
@@ -230,22 +232,8 @@ class Run:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read ``manifest.json`` of a run folder.
-
-    Raises:
-        UserError: missing, damaged, or written by a newer version.
-    """
-    path = folder / "manifest.json"
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} is not a run folder: manifest.json is missing") from error
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}); the run cannot be used") from error
-    version = manifest.get("schema_version", 0)
-    if version > SCHEMA_VERSION:
-        raise UserError(f"{path}: schema version {version} is newer than this polymodal reads ({SCHEMA_VERSION})")
-    return manifest
+    """``manifest.json`` of a run folder, migrated to this version; errors as ``run_reader.read_run``."""
+    return dict(read_run(folder).manifest)
 
 
 def find_resume(resume: str, task: str, config: RunConfig) -> tuple[Path, Path | None]:

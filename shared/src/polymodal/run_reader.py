@@ -16,9 +16,11 @@ from typing import Any
 import yaml
 
 from polymodal.errors import UserError
-from polymodal.run import SCHEMA_VERSION
 
-__all__ = ["MIGRATIONS", "Point", "RunRecord", "Sheet", "find_runs", "flatten", "read_run"]
+__all__ = ["MIGRATIONS", "SCHEMA_VERSION", "Point", "RunRecord", "Sheet", "find_runs", "flatten", "read_run"]
+
+SCHEMA_VERSION = 1
+"""Version of ``manifest.json`` that this polymodal writes."""
 
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 """Step from one manifest version to the next: version -> function of the manifest. Version 1 is the first."""

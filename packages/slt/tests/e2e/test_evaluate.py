@@ -279,7 +279,7 @@ def test_runs_that_are_no_training_runs(slt_eval, complains, copy) -> None:
     )
     complains(slt_eval("--checkpoint", copy), "is an evaluation", "runs/slt/x/best.ckpt")
     (copy / "manifest.json").write_text(json.dumps({**stated, "schema_version": 99}))
-    complains(slt_eval("--checkpoint", copy), "newer than this polymodal")
+    complains(slt_eval("--checkpoint", copy), "schema version 99", "install a newer polymodal")
 
 
 def test_run_folders_with_something_missing(slt_eval, complains, copy) -> None:
