@@ -16,6 +16,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from polymodal import trainer as trainer_module
 from polymodal.callbacks import Checkpoints, PlainProgress, load_checkpoint
 from polymodal.cli import run_guarded
 from polymodal.config import LoggingConfig, TrainerConfig
@@ -298,7 +299,8 @@ def rewrite(path: Path, **marks: object) -> None:
 
 
 def continued(run: Run, name: str = "last") -> Run:
-    run.checkpoint = run.folder / "checkpoints" / f"{name}.ckpt"
+    """The run as ``Run.start`` reopens it: with a checkpoint that nobody has read yet."""
+    run.checkpoint, run.checkpoint_marks = run.folder / "checkpoints" / f"{name}.ckpt", None
     return run
 
 
@@ -332,6 +334,16 @@ def test_stages(trained: Run) -> None:
     trained.checkpoint = None
     assert stage_of_checkpoint(trained) is None
     assert resume_checkpoint(trained) is None
+
+
+def test_the_checkpoint_to_resume_from_is_read_once(trained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[Path] = []
+    monkeypatch.setattr(trainer_module, "load_checkpoint", lambda path: reads.append(path) or load_checkpoint(path))
+    run = continued(trained)
+    for _ in range(3):
+        assert stage_of_checkpoint(run) == 0
+        assert resume_checkpoint(run) == run.checkpoint
+    assert len(reads) == 1
 
 
 def test_a_named_checkpoint_does_not_fall_back(trained: Run) -> None:

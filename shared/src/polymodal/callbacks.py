@@ -395,7 +395,7 @@ class PlainProgress(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Start the clock."""
-        self._start, self._first = time.monotonic(), trainer.current_epoch
+        self._start, self._first, self._step = time.monotonic(), trainer.current_epoch, trainer.global_step
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Write the line."""
@@ -403,17 +403,14 @@ class PlainProgress(L.Callback):
             return
         done = trainer.current_epoch + 1
         spent = time.monotonic() - self._start
-        total = trainer.max_epochs or done
-        if trainer.max_steps > 0:
-            total = min(
-                total if total > 0 else 10**9, -(-trainer.max_steps // max(1, int(trainer.num_training_batches)))
-            )
+        total = -(-int(trainer.estimated_stepping_batches) * done // max(1, trainer.global_step))
         left = spent / max(1, done - self._first) * max(0, total - done)
         parts = [f"epoch {done}/{total}"]
         if "loss" in pl_module.train_logs:
             parts.append(f"loss {_scalar(pl_module.train_logs['loss']):.3f}")
         parts += [f"{k} {v:.3f}" for k, v in list(pl_module.last_metrics.items())[:3]]
-        parts.append(f"{spent:.0f} s, {left:.0f} s left")
+        rate = (trainer.global_step - self._step) / max(spent, 1e-9)
+        parts.append(f"{rate:.1f} steps/s · {spent:.0f} s, {left:.0f} s left")
         sys.stderr.write(" · ".join(parts) + "\n")
         sys.stderr.flush()
 

@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import lightning as L
 import torch
@@ -31,7 +31,18 @@ from polymodal.logs import CsvLog
 from polymodal.run import Run
 from polymodal.task import TaskModule
 
-__all__ = ["build_trainer", "evaluate", "fit", "fit_and_test", "load_best", "quiet_lightning", "resume_checkpoint"]
+__all__ = [
+    "StageOptions",
+    "build_trainer",
+    "evaluate",
+    "fit",
+    "fit_and_test",
+    "load_best",
+    "quiet_lightning",
+    "resume_checkpoint",
+    "stage_of_checkpoint",
+    "trainer_arguments",
+]
 
 log = logging.getLogger(__name__)
 _NOTHING = contextlib.nullcontext()
@@ -45,41 +56,30 @@ class _NoProfiler(PassThroughProfiler):
         return _NOTHING
 
 
-def build_trainer(
-    config: TrainerConfig,
-    run: Run,
-    callbacks: Sequence[L.Callback] = (),
-    *,
-    monitor: str | None = None,
-    mode: str = "max",
-    stage: int = 0,
-    step_offset: int = 0,
-) -> L.Trainer:
-    """A ``lightning.Trainer`` with the shared callbacks and the run's loggers.
+class StageOptions(TypedDict, total=False):
+    """What distinguishes one fit of a run from another; all optional."""
 
-    Args:
-        config: how to train.
-        run: where to write.
-        callbacks: the package's own callbacks, called before the shared ones.
-        monitor: full name of the metric that picks the best weights, e.g. ``"val/bleu4"``.
-        mode: ``max`` or ``min``.
-        stage: number of the training stage, stored in checkpoints.
-        step_offset: optimizer steps of earlier stages, added to the logged step.
+    monitor: str | None
+    """full name of the metric that picks the best weights, e.g. ``"val/bleu4"``; none keeps no best"""
+    mode: str
+    """``max`` (default) or ``min``"""
+    stage: int
+    """number of the training stage, stored in checkpoints (default 0)"""
+    step_offset: int
+    """optimizer steps of earlier stages, added to the logged step (default 0)"""
+
+
+def trainer_arguments(config: TrainerConfig) -> dict[str, Any]:
+    """Arguments of ``lightning.Trainer`` that a configuration means, without loggers, callbacks and folders.
+
+    For a fit beside the run's own, such as a probe that must be trained with equal settings.
 
     Raises:
-        UserError: an accelerator that is not there, or an argument in ``config.extra`` that Lightning does not know.
+        UserError: an accelerator that is not there.
     """
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    shared = [
-        DataPosition(),
-        NonFiniteGuard(config.log_every_steps),
-        MetricRows(run, config.log_every_steps, step_offset),
-    ]
-    shared += [Checkpoints(run, config, monitor, mode, stage), *_progress(config)]
     if config.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise UserError("--trainer.accelerator gpu: torch finds no GPU here; use cpu or auto")
-    arguments: dict[str, Any] = {
+    return {
         "accelerator": config.accelerator,
         "devices": config.devices,
         # Stages leave parts of a model unused, e.g. the fusion in stage 1.
@@ -92,19 +92,48 @@ def build_trainer(
         "check_val_every_n_epoch": config.val_every_epochs,
         "log_every_n_steps": config.log_every_steps,
         "deterministic": config.deterministic,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,
+        "profiler": _NoProfiler(),
+        **config.extra,
+    }
+
+
+def build_trainer(
+    config: TrainerConfig, run: Run, callbacks: Sequence[L.Callback] = (), **options: Unpack[StageOptions]
+) -> L.Trainer:
+    """A ``lightning.Trainer`` with the shared callbacks and the run's loggers.
+
+    Args:
+        config: how to train.
+        run: where to write.
+        callbacks: the package's own callbacks, called before the shared ones.
+        options: see ``StageOptions``.
+
+    Raises:
+        UserError: an accelerator that is not there, or an argument in ``config.extra`` that Lightning does not know.
+    """
+    _quiet_loggers()
+    every, stage = config.log_every_steps, options.get("stage", 0)
+    progress = _progress(config)
+    shared: list[L.Callback] = [
+        DataPosition(),
+        NonFiniteGuard(every),
+        MetricRows(run, every, options.get("step_offset", 0)),
+        Checkpoints(run, config, options.get("monitor"), options.get("mode", "max"), stage),
+        *progress,
+    ]
+    arguments = {
         "logger": run.loggers,
         "callbacks": [*callbacks, *shared],
         "plugins": [AtomicCheckpointIO({"task": run.manifest["task"], "stage": stage})],
         "default_root_dir": run.folder,
-        "enable_checkpointing": False,
-        "enable_model_summary": False,
-        "enable_progress_bar": any(isinstance(c, RichProgress) for c in shared),
-        "num_sanity_val_steps": 0,
-        "use_distributed_sampler": False,
-        "profiler": _NoProfiler(),
+        "enable_progress_bar": any(isinstance(c, RichProgress) for c in progress),
     }
     try:
-        trainer = L.Trainer(**{**arguments, **config.extra})
+        trainer = L.Trainer(**{**arguments, **trainer_arguments(config)})
     except TypeError as error:
         raise UserError(f"trainer.extra: {error}") from error
     _cheap_device_check()
@@ -136,11 +165,15 @@ def _device(trainer: L.Trainer) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device.type)
 
 
+def _quiet_loggers() -> None:
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
 @contextlib.contextmanager
 def quiet_lightning() -> Iterator[None]:
     """Leave out Lightning's advice that does not apply: small data is read faster by one process, resuming is ours."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    _quiet_loggers()
     with warnings.catch_warnings():
         for message in (
             ".*does not have many workers.*",
@@ -155,40 +188,46 @@ def quiet_lightning() -> Iterator[None]:
 
 
 def resume_checkpoint(run: Run, stage: int = 0) -> Path | None:
-    """The checkpoint from which ``stage`` goes on, or None to start it fresh.
+    """The checkpoint from which ``stage`` goes on, or None to start it fresh. Errors as ``stage_of_checkpoint``."""
+    return run.checkpoint if stage_of_checkpoint(run) == stage else None
 
-    A damaged ``last.ckpt`` falls back to ``previous.ckpt`` with a warning.
+
+def stage_of_checkpoint(run: Run) -> int | None:
+    """Stage of the checkpoint that the run continues from, None for a new run.
+
+    The checkpoint is read and tested once a run. A damaged ``last.ckpt`` falls back to ``previous.ckpt`` with a
+    warning; ``run.checkpoint`` is then that one.
 
     Raises:
         UserError: a checkpoint that the user named is damaged or of another task, or no readable one is left.
     """
+    marks = _checkpoint_marks(run)
+    return None if marks is None else int(marks.get("stage", 0))
+
+
+def _checkpoint_marks(run: Run) -> dict[str, Any] | None:
+    """Task, stage and step of the checkpoint to continue from; kept on the run, as reading it may take seconds."""
     if run.checkpoint is None:
         return None
+    if run.checkpoint_marks is not None:
+        return run.checkpoint_marks
     candidates = [run.checkpoint]
     if run.checkpoint.name == "last.ckpt":
         candidates.append(run.checkpoint.with_name("previous.ckpt"))
     problem: UserError | None = None
     for path in candidates:
         try:
-            info = load_checkpoint(path).get("polymodal", {})
+            marks: dict[str, Any] = load_checkpoint(path).get("polymodal", {})
         except UserError as error:
             problem = problem or error
             continue
-        if info.get("task") != run.manifest["task"]:
-            raise UserError(f"checkpoint {path} is of task {info.get('task')!r}, not {run.manifest['task']!r}")
+        if marks.get("task") != run.manifest["task"]:
+            raise UserError(f"checkpoint {path} is of task {marks.get('task')!r}, not {run.manifest['task']!r}")
         if problem is not None:
-            log.warning("%s; going on from %s (step %s)", problem, path.name, info.get("step"))
-        run.checkpoint = path
-        return path if info.get("stage", 0) == stage else None
+            log.warning("%s; going on from %s (step %s)", problem, path.name, marks.get("step"))
+        run.checkpoint, run.checkpoint_marks = path, marks
+        return marks
     raise problem or UserError(f"no checkpoint in {run.folder}")
-
-
-def stage_of_checkpoint(run: Run) -> int | None:
-    """Stage of the checkpoint the run continues from, None for a new run."""
-    if run.checkpoint is None:
-        return None
-    resume_checkpoint(run)
-    return int(load_checkpoint(run.checkpoint).get("polymodal", {}).get("stage", 0))
 
 
 def fit(
@@ -197,23 +236,19 @@ def fit(
     config: TrainerConfig,
     run: Run,
     callbacks: Sequence[L.Callback] = (),
-    *,
-    monitor: str | None = None,
-    mode: str = "max",
-    stage: int = 0,
-    step_offset: int = 0,
+    **options: Unpack[StageOptions],
 ) -> L.Trainer:
     """Train one stage, from the run's checkpoint where it has one of this stage. Arguments as ``build_trainer``."""
-    trainer = build_trainer(config, run, callbacks, monitor=monitor, mode=mode, stage=stage, step_offset=step_offset)
-    checkpoint = resume_checkpoint(run, stage)
+    trainer = build_trainer(config, run, callbacks, **options)
+    checkpoint = resume_checkpoint(run, options.get("stage", 0))
     if run.manifest["resumed"]:
-        reached = load_checkpoint(checkpoint)["polymodal"]["step"] if checkpoint else 0
+        reached = (run.checkpoint_marks or {}).get("step", 0) if checkpoint else 0
         for logger in run.loggers:
             if isinstance(logger, CsvLog):
-                logger.rewind(reached + step_offset)
+                logger.rewind(reached + options.get("step_offset", 0))
     with quiet_lightning():
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
-    run.checkpoint = None
+    run.checkpoint = run.checkpoint_marks = None  # a later stage starts from this one's weights, not from a file
     return trainer
 
 
@@ -241,18 +276,12 @@ def fit_and_test(
     config: TrainerConfig,
     run: Run,
     callbacks: Sequence[L.Callback] = (),
-    *,
-    monitor: str | None = None,
-    mode: str = "max",
-    stage: int = 0,
-    step_offset: int = 0,
+    **options: Unpack[StageOptions],
 ) -> dict[str, float]:
     """Train (or resume), load the best weights, test; returns the ``test/`` metrics. Arguments as ``build_trainer``."""
-    trainer = fit(
-        module, data, config, run, callbacks, monitor=monitor, mode=mode, stage=stage, step_offset=step_offset
-    )
-    load_best(module, run, stage)
+    trainer = fit(module, data, config, run, callbacks, **options)
+    load_best(module, run, options.get("stage", 0))
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by Lightning's callback connector
         if isinstance(callback, MetricRows):
-            callback.offset = step_offset + trainer.global_step
+            callback.offset += trainer.global_step
     return evaluate(module, data, trainer)
