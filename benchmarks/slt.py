@@ -145,7 +145,7 @@ def _synthetic_rates(options: Options) -> list[Row]:
     tokenizer = make_tokenizer(config)
     module = build_module(config, tokenizer, stage=2).to(options.device).eval()
     data = data_module(config, tokenizer)
-    batch = next(iter(data.test_batches())).to(options.device)
+    batch = next(iter(data.loader("test"))).to(options.device)
     items = config.data.items("test")[: len(batch)]
     transform = ClipTransform(config.loader.frame_size, config.loader.resize)
     model = module.model

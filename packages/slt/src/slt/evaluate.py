@@ -131,14 +131,10 @@ def _loader(config: EvalConfig, trained: Trained) -> LoaderConfig:
 
 def _variants(config: EvalConfig, items: Sequence[Item], fusion: str) -> dict[str, dict[str, str]]:
     """Name of a row -> question by clip: as they are, other clips', none."""
-    from slt.probes import shuffled_questions
+    from slt.probes import question_variants
 
-    ids, questions = [item.id for item in items], [item.question for item in items]
-    variants = {fusion: dict(zip(ids, questions, strict=True))}
-    if config.probes and any(questions) and fusion not in ("none", "question_only"):
-        variants["shuffled_question"] = dict(zip(ids, shuffled_questions(questions, config.seed), strict=True))
-        variants["empty_question"] = dict.fromkeys(ids, "")
-    return variants
+    variants = {fusion: {item.id: item.question for item in items}}
+    return variants | (question_variants(items, fusion, config.seed) if config.probes else {})
 
 
 def translate_split(
@@ -155,27 +151,15 @@ def translate_split(
     Returns:
         Name -> translation by clip id.
     """
-    import torch
-
     from slt.data.datamodule import SLTDataModule
+    from slt.probes import translate_variants
     from slt.progress import progress_line
     from slt.train import cached_reader
 
     loader = dataclasses.replace(loader, cache_frames=False)  # every clip is read once
     module, reader = trained.module, cached_reader(dataclasses.replace(trained.config, loader=loader))
     data = SLTDataModule(reader, module.tokenizer, loader, load_frames=module.model.uses_video)
-    found: dict[str, dict[str, str]] = {name: {} for name in variants}
-    show, done, total = progress_line(f"{split} clips translated"), 0, len(reader.items(split))
-    with torch.inference_mode():
-        for batch in data.loader(split):
-            batch = batch.to(module.device)
-            video = module.model.encode_batch(batch)
-            for name, questions in variants.items():
-                asked = data.collate.ask(batch, [questions[i] for i in batch.ids]).to(module.device)
-                found[name].update(zip(batch.ids, module.translate(asked, video=video), strict=True))
-            done += len(batch)
-            show(done, total)
-    return found
+    return translate_variants(module, data, split, variants, progress_line(f"{split} clips translated"))
 
 
 # ------------------------------------------------------------------ a file of translations

@@ -39,6 +39,10 @@ class SLTModule(TaskModule):
         max_new_tokens: longest translation in tokens.
         seed: root seed; weights start from the draw named ``init``.
 
+    Attributes:
+        total_steps: length of the schedule where something other than Lightning's trainer, which knows it, drives the
+            module.
+
     Source: arXiv 2509.14036, our reading, section 3.7.
     """
 

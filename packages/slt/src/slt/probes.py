@@ -11,10 +11,12 @@ from polymodal.files import write_json, write_text
 from polymodal.seeding import numpy_rng
 
 from slt.audit import AuditReport, audit_report
+from slt.checkpoint import pick_device
+from slt.methods import FUSIONS
 from slt.predictions import write_predictions
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from polymodal.run import Run
 
@@ -24,7 +26,15 @@ if TYPE_CHECKING:
     from slt.settings import SLTConfig
     from slt.tokenizer import Tokenizer
 
-__all__ = ["TextOptions", "audit_run", "predict", "question_only_predictions", "record_audit", "shuffled_questions"]
+__all__ = [
+    "TextOptions",
+    "audit_run",
+    "question_only_predictions",
+    "question_variants",
+    "record_audit",
+    "shuffled_questions",
+    "translate_variants",
+]
 
 log = logging.getLogger(__name__)
 
@@ -62,16 +72,61 @@ def shuffled_questions(questions: list[str], seed: int) -> list[str]:
     return result
 
 
-def predict(module: SLTModule, data: SLTDataModule, questions: dict[str, str] | None = None) -> dict[str, str]:
-    """Translations of the test split by id, with other questions where given."""
+def question_variants(items: Sequence[Item], fusion: str, seed: int) -> dict[str, dict[str, str]]:
+    """What else to ask a model: name of the audit's row -> question by clip id.
+
+    Args:
+        items: the clips.
+        fusion: the model's; one that looks at no question, or at nothing else, has no variants.
+        seed: root seed of the shuffling.
+
+    Returns:
+        ``shuffled_question`` and ``empty_question``; nothing where no clip has a question.
+    """
+    questions = {item.id: item.question for item in items}
+    if not any(questions.values()) or not {"question", "video"} <= set(FUSIONS.info(fusion).tags):
+        return {}
+    other = shuffled_questions(list(questions.values()), seed)
+    return {
+        "shuffled_question": dict(zip(questions, other, strict=True)),
+        "empty_question": dict.fromkeys(questions, ""),
+    }
+
+
+def translate_variants(
+    module: SLTModule,
+    data: SLTDataModule,
+    split: str,
+    variants: Mapping[str, Mapping[str, str]],
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, dict[str, str]]:
+    """Translate every clip of a split in this process, once for each set of questions; frames are encoded once.
+
+    Args:
+        module: the model, on the device to compute on.
+        data: loaders of the split.
+        split: ``train``, ``dev`` or ``test``.
+        variants: name -> question by clip id.
+        progress: called with (clips done, clips in all).
+
+    Returns:
+        Name -> translation by clip id.
+    """
     import torch
 
     module.eval()
-    found: dict[str, str] = {}
+    found: dict[str, dict[str, str]] = {name: {} for name in variants}
+    done, total = 0, len(data.reader.items(split))
     with torch.inference_mode():
-        for batch in data.test_batches(questions):
-            texts = module.translate(batch.to(module.device))
-            found.update(zip(batch.ids, texts, strict=True))
+        for batch in data.loader(split, shard=False) if variants else ():
+            batch = batch.to(module.device)
+            video = module.model.encode_batch(batch)
+            for name, questions in variants.items():
+                asked = data.collate.ask(batch, [questions[i] for i in batch.ids]).to(module.device)
+                found[name].update(zip(batch.ids, module.translate(asked, video=video), strict=True))
+            done += len(batch)
+            if progress is not None:
+                progress(done, total)
     return found
 
 
@@ -80,7 +135,7 @@ def question_only_predictions(config: SLTConfig, run: Run, tokenizer: Tokenizer)
 
     Frames are neither decoded nor encoded. No checkpoint is kept: a run killed here trains the probe again.
     """
-    from polymodal.trainer import quiet_lightning
+    from polymodal.trainer import quiet_lightning, trainer_arguments
 
     from slt.data.datamodule import SLTDataModule
     from slt.train import build_module
@@ -89,55 +144,44 @@ def question_only_predictions(config: SLTConfig, run: Run, tokenizer: Tokenizer)
     data = SLTDataModule(config.data, tokenizer, loader, seed=config.seed, load_frames=False)
     loss = dataclasses.replace(config.loss, lambda_q=0.0, lambda_c=0.0, lambda_triplet=0.0)
     module = build_module(dataclasses.replace(config, loss=loss), tokenizer, stage=2, fusion="question_only")
-    trainer = _bare_trainer(config, run)
+    trainer = L.Trainer(
+        **{
+            **trainer_arguments(config.trainer),
+            "logger": False,
+            "enable_progress_bar": False,
+            "limit_val_batches": 0,
+            "default_root_dir": run.folder,
+        }
+    )
     log.info("training the question-only probe")
     with quiet_lightning():
         trainer.fit(module, datamodule=data)
-    return predict(module, data)
+    module.to(_device(config))
+    asked = {item.id: item.question for item in config.data.items("test")}
+    return translate_variants(module, data, "test", {"question_only": asked})["question_only"]
 
 
-def _bare_trainer(config: SLTConfig, run: Run) -> L.Trainer:
-    settings = config.trainer
-    return L.Trainer(
-        accelerator=settings.accelerator,
-        devices=1,
-        precision=settings.precision,
-        max_epochs=settings.max_epochs,
-        max_steps=settings.max_steps,
-        gradient_clip_val=settings.clip_grad or None,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        default_root_dir=run.folder,
-    )
+def _device(config: SLTConfig) -> str:
+    """Where to translate: Lightning moves a module back to the CPU when it is done with it."""
+    accelerator = config.trainer.accelerator
+    return pick_device("cuda" if accelerator == "gpu" else accelerator)
 
 
 def audit_run(config: SLTConfig, run: Run, module: SLTModule, data: SLTDataModule, tokenizer: Tokenizer) -> AuditReport:
     """Score the tested model next to its probes; writes ``audit.json``, ``audit.md`` and the table of samples."""
-    items = config.data.items("test")
-    ids = [item.id for item in items]
-    questions = {item.id: item.question for item in items}
-    model = {name: record["hypothesis"] for name, record in module.records.items()}
-    found: dict[str, dict[str, str]] = {config.model.fusion: model}
-    if any(questions.values()):
-        if config.model.fusion not in ("none", "question_only"):
-            other = shuffled_questions(list(questions.values()), config.seed)
-            found["shuffled_question"] = predict(module, data, dict(zip(ids, other, strict=True)))
-            found["empty_question"] = predict(module, data, dict.fromkeys(ids, ""))
-        if config.audit.question_only and config.model.fusion != "question_only":
-            if config.trainer.devices == 1:
-                found["question_only"] = question_only_predictions(config, run, tokenizer)
-            else:  # the other processes are gone by now, and a trainer would wait for them
-                log.info(
-                    "the question-only probe trains on one device only: slt-train --fusion question_only, "
-                    "then slt-eval --question_only RUN"
-                )
+    items, fusion = config.data.items("test"), config.model.fusion
+    found = {fusion: {name: record["hypothesis"] for name, record in module.records.items()}}
+    found |= translate_variants(module.to(_device(config)), data, "test", question_variants(items, fusion, config.seed))
+    if config.audit.question_only and fusion != "question_only" and any(item.question for item in items):
+        if config.trainer.devices == 1:
+            found["question_only"] = question_only_predictions(config, run, tokenizer)
+        else:  # the other processes are gone by now, and a trainer would wait for them
+            log.info(
+                "the question-only probe trains on one device only: slt-train --fusion question_only, "
+                "then slt-eval --question_only RUN"
+            )
     train, samples = config.data.items("train"), config.audit.samples
-    return record_audit(run, config.data, items, found, train, model=config.model.fusion, samples=samples)
+    return record_audit(run, config.data, items, found, train, model=fusion, samples=samples)
 
 
 def record_audit(

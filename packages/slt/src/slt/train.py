@@ -14,6 +14,7 @@ from slt.methods import FUSIONS
 from slt.settings import SLTConfig
 
 if TYPE_CHECKING:
+    from polymodal.config import TrainerConfig
     from polymodal.run import Run
 
     from slt.audit import AuditReport
@@ -167,37 +168,21 @@ def run_stages(
     config: SLTConfig, run: Run, module: SLTModule, tokenizer: Tokenizer
 ) -> tuple[dict[str, float], AuditReport | None]:
     """Stage 1, weight transfer, stage 2, test, audit; each resumes from the run's checkpoint."""
-    import dataclasses
+    from polymodal.trainer import fit_and_test, stage_of_checkpoint
 
-    from polymodal.trainer import fit, fit_and_test, load_best, stage_of_checkpoint
-
-    from slt.losses import transfer_stage1
     from slt.metrics import signatures
 
-    data = data_module(config, tokenizer)
-    resumed_stage = stage_of_checkpoint(run)
-    offset = 0
-    if config.stage in ("1", "both"):
-        stage1 = module if config.stage == "1" else build_module(config, tokenizer, stage=1)
-        data1 = data_module(config, tokenizer, config.stage1_batch_size)
-        offset = config.stage1_epochs * steps_per_epoch(data1, config)
-        if config.trainer.max_steps >= 0:
-            offset = min(offset, config.trainer.max_steps)
-        if resumed_stage != 2:
-            trainer_config = dataclasses.replace(config.trainer, max_epochs=config.stage1_epochs)
-            if config.stage == "1":
-                return fit_and_test(stage1, data1, trainer_config, run, monitor="val/loss", mode="min", stage=1), None
-            fit(stage1, data1, trainer_config, run, monitor="val/loss", mode="min", stage=1)
-            load_best(stage1, run, stage=1)
-            transfer_stage1(module.model, stage1.model.state_dict())
+    if config.stage == "1":
+        trainer, data = stage1_trainer(config), data_module(config, tokenizer, config.stage1_batch_size)
+        return fit_and_test(module, data, trainer, run, monitor="val/loss", mode="min", stage=1), None
+    resumed_stage, offset = stage_of_checkpoint(run), 0
+    if config.stage == "both":
+        offset = align(config, run, module, tokenizer, skip=resumed_stage == 2)
     elif config.stage1_checkpoint is not None and resumed_stage is None:
         load_stage1(module, config.stage1_checkpoint)
-    run.note(
-        metric_signatures={
-            f"test/{k}": v
-            for k, v in signatures(config.data.level, config.data.lowercase, config.data.append_period).items()
-        }
-    )
+    how = signatures(config.data.level, config.data.lowercase, config.data.append_period)
+    run.note(metric_signatures={f"test/{name}": text for name, text in how.items()})
+    data = data_module(config, tokenizer)
     metrics = fit_and_test(module, data, config.trainer, run, monitor="val/bleu4", stage=2, step_offset=offset)
     report = None
     if config.audit.enabled and run.is_writer:
@@ -207,6 +192,42 @@ def run_stages(
         metrics |= {f"test/{row.name}/bleu4": row.scores["bleu4"] for row in report.rows if row.name != report.model}
         metrics |= {"test/overlap": report.overlap.rate}
     return metrics, report
+
+
+def stage1_trainer(config: SLTConfig) -> TrainerConfig:
+    """The trainer's settings with the epochs of stage 1."""
+    import dataclasses
+
+    return dataclasses.replace(config.trainer, max_epochs=config.stage1_epochs)
+
+
+def align(config: SLTConfig, run: Run, module: SLTModule, tokenizer: Tokenizer, *, skip: bool) -> int:
+    """Stage 1 of a run of both: train a module of its own and hand its best weights to ``module``.
+
+    The stage-1 module is gone after this; at full size two would take the memory of both.
+
+    Args:
+        config: settings.
+        run: the run.
+        module: of stage 2; receives the weights.
+        tokenizer: texts to ids.
+        skip: the run goes on in stage 2, so there is nothing to train or to hand over.
+
+    Returns:
+        Optimizer steps of stage 1.
+    """
+    from polymodal.trainer import fit, load_best
+
+    from slt.losses import transfer_stage1
+
+    data = data_module(config, tokenizer, config.stage1_batch_size)
+    steps = config.stage1_epochs * steps_per_epoch(data, config)
+    if not skip:
+        stage1 = build_module(config, tokenizer, stage=1)
+        fit(stage1, data, stage1_trainer(config), run, monitor="val/loss", mode="min", stage=1)
+        load_best(stage1, run, stage=1)
+        transfer_stage1(module.model, stage1.model.state_dict())
+    return steps if config.trainer.max_steps < 0 else min(steps, config.trainer.max_steps)
 
 
 def data_module(config: SLTConfig, tokenizer: Tokenizer, batch_size: int = 0) -> SLTDataModule:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -14,10 +12,9 @@ from polymodal.data import LengthBucketBatchSampler
 from polymodal.loading import LazyLoader
 
 from slt.data.base import SPLITS, SLTData
-from slt.data.collate import Batch, Collate, Sample, TextEncoder
+from slt.data.collate import Collate, TextEncoder
 from slt.data.dataset import SLTDataset
 from slt.data.options import LoaderConfig
-from slt.ops.corrupt import split_units
 
 __all__ = ["SLTDataModule"]
 
@@ -104,18 +101,19 @@ class SLTDataModule(L.LightningDataModule):
         _log.info("decoded clips need %.0f MiB; frame cache in memory is %s", need, "on" if cache else "off")
         return cache
 
-    def loader(self, split: str, train: bool = False) -> LazyLoader:
+    def loader(self, split: str, train: bool = False, *, shard: bool = True) -> LazyLoader:
         """A loader of any split.
 
         Args:
             split: ``train``, ``dev`` or ``test``.
             train: shuffled, augmented, with masked words; otherwise clips sorted by length, longest first.
+            shard: in a data-parallel run, this process's part; false gives every process the whole split.
         """
         dataset = self.dataset(split, train)
         config = self.config
         by_frames = train and config.max_batch_frames is not None
         world, rank = 1, 0
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if shard and torch.distributed.is_available() and torch.distributed.is_initialized():
             world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
         sampler = LengthBucketBatchSampler(
             dataset.lengths,
@@ -148,17 +146,3 @@ class SLTDataModule(L.LightningDataModule):
     def test_dataloader(self) -> LazyLoader:
         """Test batches."""
         return self.loader("test")
-
-    def test_batches(self, questions: dict[str, str] | None = None) -> Iterator[Batch]:
-        """Test batches on this process, with other questions by video id where given."""
-        dataset = self.dataset("test")
-        order = sorted(range(len(dataset)), key=lambda i: (-dataset.lengths[i], i))
-        size = self.config.eval_batch_size
-        for start in range(0, len(order), size):
-            samples = [dataset[i] for i in order[start : start + size]]
-            if questions is not None:
-                samples = [self._ask(sample, questions[sample.id]) for sample in samples]
-            yield self.collate(samples)
-
-    def _ask(self, sample: Sample, question: str) -> Sample:
-        return replace(sample, question=question, masked_question=tuple(split_units(question, self.reader.level)))
