@@ -15,7 +15,7 @@ from slt.models.weights import load_folder, read_config
 
 __all__ = ["build_text_encoder", "build_translator", "check_positions", "load_text_encoder", "load_translator"]
 
-# Settings of a checkpoint folder that change what its weights compute, against the option that must agree with it.
+# Setting of an mBART network -> our option for it; a checkpoint folder's config.json must agree with these.
 TEXT_SETTINGS = {
     "d_model": "width",
     "encoder_layers": "text_layers",
@@ -39,61 +39,39 @@ TRANSLATOR_SETTINGS = {
 }
 
 
-def _mbart_config(config: ModelConfig, vocab: VocabInfo, **settings: Any) -> MBartConfig:
+def _mbart_config(config: ModelConfig, vocab: VocabInfo, settings: dict[str, str]) -> MBartConfig:
+    options: dict[str, Any] = {key: getattr(config, option) for key, option in settings.items()}
     return MBartConfig(
         vocab_size=vocab.size,
-        d_model=config.width,
-        encoder_ffn_dim=config.ffn,
-        decoder_ffn_dim=config.ffn,
         dropout=config.dropout,
         init_std=config.init_std,
-        max_position_embeddings=config.max_positions,
         pad_token_id=vocab.pad_id,
         eos_token_id=vocab.eos_id,
         bos_token_id=None,
         decoder_start_token_id=vocab.tag_id,
         forced_eos_token_id=None,
-        **settings,
+        **options,
     )
 
 
-def _widen_positions(table: nn.Embedding, std: float | None) -> None:
+def _draw_positions(table: nn.Embedding, std: float | None) -> None:
+    """Draw a position table anew where it has a standard deviation of its own."""
     if std is not None:
         nn.init.normal_(table.weight, std=std)
 
 
 def build_text_encoder(config: ModelConfig, vocab: VocabInfo) -> MBartEncoder:
     """The encoder of questions and sentences, with random weights."""
-    encoder = MBartEncoder(
-        _mbart_config(
-            config,
-            vocab,
-            encoder_layers=config.text_layers,
-            encoder_attention_heads=config.text_heads,
-            activation_function=config.text_activation,
-            scale_embedding=config.text_scale_embedding,
-        )
-    )
-    _widen_positions(encoder.embed_positions, config.position_std)
+    encoder = MBartEncoder(_mbart_config(config, vocab, TEXT_SETTINGS))
+    _draw_positions(encoder.embed_positions, config.position_std)
     return encoder
 
 
 def build_translator(config: ModelConfig, vocab: VocabInfo) -> MBartForConditionalGeneration:
     """Encoder over fused tokens and decoder with a tied output layer, with random weights."""
-    model = MBartForConditionalGeneration(
-        _mbart_config(
-            config,
-            vocab,
-            encoder_layers=config.encoder_layers,
-            decoder_layers=config.decoder_layers,
-            encoder_attention_heads=config.heads,
-            decoder_attention_heads=config.heads,
-            activation_function=config.activation,
-            scale_embedding=config.scale_embedding,
-        )
-    )
-    _widen_positions(model.model.encoder.embed_positions, config.position_std)
-    _widen_positions(model.model.decoder.embed_positions, config.position_std)
+    model = MBartForConditionalGeneration(_mbart_config(config, vocab, TRANSLATOR_SETTINGS))
+    _draw_positions(model.model.encoder.embed_positions, config.position_std)
+    _draw_positions(model.model.decoder.embed_positions, config.position_std)
     return model
 
 
