@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from polymodal.errors import UserError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from slt.config import ModelConfig
 from slt.models.translator import SLTModel
+from slt.models.weights import load_folder
 from slt.tokenizer import META_FILE, Tokenizer, trim_vocabulary
 from transformers import MBartConfig, MBartForConditionalGeneration, MBartTokenizer
 
@@ -286,6 +287,30 @@ def test_checkpoints_that_do_not_fit_name_the_option(mbart, tmp_path):
     (tmp_path / "trimmed" / "pytorch_model.bin").unlink()
     with pytest.raises(UserError, match=r"no model\.safetensors"):
         SLTModel(trimmed_config(tmp_path / "trimmed"), tokenizer.vocab)
+
+
+def test_a_checkpoint_in_several_files(mbart, tmp_path):
+    trim_vocabulary(mbart, ["regen am tag"], tmp_path / "trimmed", "de_DE")
+    whole = load_folder(tmp_path / "trimmed")
+    (tmp_path / "trimmed" / "model.safetensors").unlink()
+    index = tmp_path / "trimmed" / "model.safetensors.index.json"
+    files = {name: f"part-{number % 2}.safetensors" for number, name in enumerate(sorted(whole))}
+    for part in set(files.values()):
+        save_file({name: whole[name] for name, file in files.items() if file == part}, tmp_path / "trimmed" / part)
+    index.write_text(json.dumps({"weight_map": files}))
+    found = load_folder(tmp_path / "trimmed")
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(value, whole[name]) for name, value in found.items())
+    for text, words in (
+        ("{", "is not JSON"),
+        ("[1]", "does not hold a JSON object"),
+        ("{}", "has no weight_map"),
+        ('{"weight_map": {"a": "../b.safetensors"}}', "names files outside its folder"),
+        ('{"weight_map": {"a": "c.safetensors"}}', "c.safetensors does not exist"),
+    ):
+        index.write_text(text)
+        with pytest.raises(UserError, match=words):
+            load_folder(tmp_path / "trimmed")
 
 
 def test_trimming_needs_pieces(tmp_path, word):

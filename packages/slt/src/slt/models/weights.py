@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from polymodal.errors import UserError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 __all__ = ["load_folder", "load_tensors", "read_config"]
@@ -31,17 +33,12 @@ def load_tensors(path: str | Path) -> dict[str, Tensor]:
         raise UserError(f"weights file {path} does not exist; give the path of a .safetensors or .pth file")
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             loaded: Any = load_file(path)
         else:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        raise UserError(f"cannot read weights from {path}: {str(error).splitlines()[0]}") from error
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise UserError(f"cannot read weights from {path}: {str(error).splitlines()[0]}") from error
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"cannot read weights from {path}: {reason}") from error
     for level in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(level), dict):
             loaded = loaded[level]
@@ -54,7 +51,7 @@ def load_folder(folder: str | Path) -> dict[str, Tensor]:
     """Weights of a transformers model folder: one file or several with an index.
 
     Raises:
-        UserError: no weights file in the folder.
+        UserError: no weights file in the folder, a damaged index, or a file of weights that cannot be read.
     """
     folder = Path(folder)
     for name in ("model.safetensors", "pytorch_model.bin"):
@@ -62,7 +59,10 @@ def load_folder(folder: str | Path) -> dict[str, Tensor]:
             return load_tensors(folder / name)
         index = folder / f"{name}.index.json"
         if index.is_file():
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            by_tensor = _read_object(index).get("weight_map")
+            if not isinstance(by_tensor, dict):
+                raise UserError(f"{index} has no weight_map (tensor -> file); fetch the checkpoint again")
+            files = sorted(set(by_tensor.values()))
             if any(Path(part).name != part for part in files):
                 raise UserError(f"{index} names files outside its folder; fetch the checkpoint again")
             return {key: value for part in files for key, value in load_tensors(folder / part).items()}
@@ -70,12 +70,21 @@ def load_folder(folder: str | Path) -> dict[str, Tensor]:
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """``config.json`` of a model folder (UserError where it is missing or not JSON)."""
-    path = Path(folder) / "config.json"
+    """``config.json`` of a model folder.
+
+    Raises:
+        UserError: it is missing or not a JSON object.
+    """
+    return _read_object(Path(folder) / "config.json")
+
+
+def _read_object(path: Path) -> dict[str, Any]:
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; give the folder of an mBART checkpoint") from error
     except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    return config
+        raise UserError(f"{path} is not JSON: {error}; fetch the checkpoint again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold a JSON object; fetch the checkpoint again")
+    return value
