@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polymodal.errors import UserError
+from polymodal.files import write_json
 
 from slt.config import VocabInfo
 
@@ -141,7 +142,7 @@ class Tokenizer:
             "language": self.language,
             "sha": self.sha,
         }
-        (folder / META_FILE).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+        write_json(folder / META_FILE, meta)
 
     @property
     def backend(self) -> tokenizers.Tokenizer:
@@ -335,7 +336,7 @@ def _trim_weights(model_dir: Path, out: Path, kept: list[int], trimmed: Tokenize
         "forced_eos_token_id": trimmed.eos_id,
     }
     out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(out / "config.json", config)
     save_file({"kept_ids": rows}, out / "vocabulary.safetensors")
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
 
