@@ -189,7 +189,7 @@ def build(config: BuildConfig) -> None:
     data = config.data
     out = config.out or data.questions or data.questions_default()
     if out is None:
-        raise UserError("no folder to write to; give --out DIR")
+        raise UserError("no folder to write to; give --out DIR, or the data set's folder with --data.root DIR")
     files = {"train": config.train, "dev": config.dev, "test": config.test}
     splits = [split for split in SPLITS if config.source == "template" or files[split] is not None]
     if not splits:

@@ -75,6 +75,8 @@ class SLTData:
     language: ClassVar[str] = "de_DE"
     level: ClassVar[str] = "word"
     modality: ClassVar[str] = "frames"
+    remedy: ClassVar[str] = "give the folder of the data set"
+    """what to do where the root is missing, for messages"""
 
     def __post_init__(self) -> None:
         if self.root is not None:
@@ -110,6 +112,16 @@ class SLTData:
     def landmarks(self) -> int:
         """Landmarks a frame; 0 where the modality is not ``pose``."""
         return 0
+
+    def home(self) -> Path:
+        """The folder that has the official layout: the root, or where a subclass finds it inside the root.
+
+        Raises:
+            UserError: no root given, or it is no folder.
+        """
+        if self.root is None:
+            raise UserError(f"{self.name}: no root folder; {self.remedy} (--data.root DIR)")
+        return require_dir(self.root, f"{self.name} root", self.remedy)
 
     # --- shared behaviour ---------------------------------------------------------------------------------------
 
@@ -174,8 +186,11 @@ class SLTData:
         return candidate if candidate is not None and candidate.is_dir() else None
 
     def questions_default(self) -> Path | None:
-        """Where the question folder is looked for when none is given."""
-        return self.root / "questions" if self.root is not None else None
+        """Where the question folder is looked for when none is given: in the root, else in :meth:`home`."""
+        if self.root is None:
+            return None
+        beside = self.root / "questions"
+        return beside if beside.is_dir() else self.home() / "questions"
 
     def _read_questions(self, split: str, sentences: dict[str, str]) -> dict[str, Any]:
         folder = self.questions_dir()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from polymodal.data import read_text_lines, require_dir, require_files, safe_unpickle
+from polymodal.data import read_text_lines, require_files, safe_unpickle
 from polymodal.errors import UserError
 
 from slt.data.base import SPLITS, Item, SLTData
@@ -22,7 +22,6 @@ __all__ = ["CSLDaily"]
 _LABELS = "sentence_label/csl2020ct_v2.pkl"
 _SPLIT_FILES = ("sentence_label/split_1.txt", "sentence_label/video_split_1.txt")
 _FRAMES, _CROPS = "sentence/frames_512x512", "sentence-crop"
-_REMEDY = "give the folder that holds sentence_label and sentence (or sentence-crop) as released"
 _log = logging.getLogger(__name__)
 
 
@@ -39,6 +38,7 @@ class CSLDaily(SLTData):
     name: ClassVar[str] = "csl_daily"
     language: ClassVar[str] = "zh_CN"
     level: ClassVar[str] = "char"
+    remedy: ClassVar[str] = "give the folder that holds sentence_label and sentence (or sentence-crop) as released"
 
     def home(self) -> Path:
         """The folder with ``sentence_label``.
@@ -46,20 +46,12 @@ class CSLDaily(SLTData):
         Raises:
             UserError: no root given, or the first missing file.
         """
-        if self.root is None:
-            raise UserError(f"{self.name}: no root folder; {_REMEDY} (--data.root DIR)")
-        root = require_dir(self.root, f"{self.name} root", _REMEDY)
+        root = super().home()
         for candidate in (root, root / "csl-daily", root / "CSL-Daily"):
             if (candidate / "sentence_label").is_dir():
                 return candidate
-        require_files(root, [_LABELS], self.name, _REMEDY)
+        require_files(root, [_LABELS], self.name, self.remedy)
         return root  # pragma: no cover - the line above raises unless the folder appeared this instant
-
-    def questions_default(self) -> Path | None:
-        """``questions`` in the root, else beside the labels."""
-        if self.root is not None and (self.root / "questions").is_dir():
-            return self.root / "questions"
-        return self.home() / "questions"
 
     def read_split(self, split: str) -> list[Item]:
         """Clips of the split that pickle and split file agree on, in the order of the split file."""

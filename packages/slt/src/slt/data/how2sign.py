@@ -25,7 +25,6 @@ _IDS = ("SENTENCE_NAME", "SENTENCE_ID", "vid", "video_id", "id", "name")
 _TEXTS = ("SENTENCE", "raw-text", "sentence", "translation", "text")
 _FOLDERS = {"train": ("train",), "dev": ("val", "dev"), "test": ("test",)}
 _SPLIT_VALUES = {"train": ("train",), "dev": ("val", "valid", "dev"), "test": ("test",)}
-_REMEDY = "give the folder that holds train, val and test"
 _log = logging.getLogger(__name__)
 
 
@@ -47,16 +46,7 @@ class How2Sign(SLTData):
 
     name: ClassVar[str] = "how2sign"
     language: ClassVar[str] = "en_XX"
-
-    def home(self) -> Path:
-        """The root folder.
-
-        Raises:
-            UserError: no root given, or it is no folder.
-        """
-        if self.root is None:
-            raise UserError(f"{self.name}: no root folder; {_REMEDY} (--data.root DIR)")
-        return require_dir(self.root, f"{self.name} root", _REMEDY)
+    remedy: ClassVar[str] = "give the folder that holds train, val and test"
 
     def table(self, split: str) -> Path:
         """The annotation of a split.

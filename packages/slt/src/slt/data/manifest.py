@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from polymodal.data import require_dir
 from polymodal.errors import UserError
 
 from slt.data.base import Item, SLTData
@@ -29,7 +28,6 @@ MIGRATIONS: dict[int, Migration] = {}
 
 _REQUIRED = ("video_id", "video", "sentence")
 _OPTIONAL = ("question", "speaker", "topic")
-_REMEDY = "give the folder that holds train.jsonl, dev.jsonl and test.jsonl"
 
 
 @dataclass
@@ -48,6 +46,7 @@ class Manifest(SLTData):
     """unit of scores and masking, word or char; empty: from <root>/dataset.json, else word"""
 
     name: ClassVar[str] = "manifest"
+    remedy: ClassVar[str] = "give the folder that holds train.jsonl, dev.jsonl and test.jsonl"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,11 +62,9 @@ class Manifest(SLTData):
         Raises:
             UserError: no root, or the file is missing.
         """
-        if self.root is None:
-            raise UserError(f"{self.name}: no root folder; {_REMEDY} (--data.root DIR)")
-        path = require_dir(self.root, f"{self.name} root", _REMEDY) / f"{split}.jsonl"
+        path = self.home() / f"{split}.jsonl"
         if not path.is_file():
-            raise UserError(f"{self.name}: {path} is missing; {_REMEDY}")
+            raise UserError(f"{self.name}: {path} is missing; {self.remedy}")
         return path
 
     def read_split(self, split: str) -> list[Item]:
@@ -139,7 +136,7 @@ class Manifest(SLTData):
 
 def _dataset_file(root: Path | None) -> dict[str, Any]:
     """What ``<root>/dataset.json`` says; nothing where there is none."""
-    path = root.expanduser() / DATASET_FILE if root is not None else None
+    path = root / DATASET_FILE if root is not None else None
     if path is None or not path.is_file():
         return {}
     try:

@@ -20,7 +20,6 @@ __all__ = ["Phoenix2014T"]
 
 _COLUMNS = ("name", "video", "start", "end", "speaker", "orth", "translation")
 _NEEDED = ("name", "translation")
-_REMEDY = "give the folder PHOENIX-2014-T of the official archive, or the folder that holds it"
 
 
 @dataclass
@@ -30,19 +29,18 @@ class Phoenix2014T(SLTData):
     ``<root>/[PHOENIX-2014-T/]features/fullFrame-210x260px/{train,dev,test}/<video>/[1/]images0001.png ...`` and
     ``annotations/manual/PHOENIX-2014-T.{train,dev,test}.corpus.csv`` with the columns
     ``name|video|start|end|speaker|orth|translation``, with or without a header; a header may have them in any order.
+    Further options are those of :class:`~slt.data.base.SLTData`; texts are lower-cased unless told otherwise.
 
     Args:
         root: ``PHOENIX-2014-T``, or a folder that holds it (one or two levels up).
         questions: folder with ``{train,dev,test}.jsonl``; default: a folder ``questions`` in ``root`` or beside the
             annotations, where there is one.
-        allow_missing: give an empty question to videos that the question file does not have, instead of an error.
-        lowercase: lower-case sentences and questions.
-        append_period: append " ." to every sentence, as some prior work does; it shifts BLEU and is logged with it.
     """
 
     lowercase: bool = True
 
     name: ClassVar[str] = "phoenix2014t"
+    remedy: ClassVar[str] = "give the folder PHOENIX-2014-T of the official archive, or the folder that holds it"
     features: ClassVar[str] = "features/fullFrame-210x260px"
 
     def home(self) -> Path:
@@ -51,22 +49,14 @@ class Phoenix2014T(SLTData):
         Raises:
             UserError: no root given, or the first missing file.
         """
-        if self.root is None:
-            raise UserError(f"{self.name}: no root folder; {_REMEDY} (--data.root DIR)")
-        root = require_dir(self.root, f"{self.name} root", _REMEDY)
+        root = super().home()
         inside = ("", "PHOENIX-2014-T", "PHOENIX-2014-T-release-v3/PHOENIX-2014-T")
         for candidate in (root / part for part in inside):
             if (candidate / "annotations" / "manual").is_dir():
                 return candidate
         home = root if root.name == "PHOENIX-2014-T" else root / "PHOENIX-2014-T"
-        require_files(home, [self._csv_name("train")], self.name, _REMEDY)
+        require_files(home, [self._csv_name("train")], self.name, self.remedy)
         return home  # pragma: no cover - the line above raises unless the folder appeared this instant
-
-    def questions_default(self) -> Path | None:
-        """``questions`` in the root, else beside the annotations."""
-        if self.root is not None and (self.root / "questions").is_dir():
-            return self.root / "questions"
-        return self.home() / "questions"
 
     @staticmethod
     def _csv_name(split: str) -> str:
@@ -75,7 +65,7 @@ class Phoenix2014T(SLTData):
     def read_split(self, split: str) -> list[Item]:
         """Rows of the split's csv, each with its frame folder and frame count."""
         home = self.home()
-        (path,) = require_files(home, [self._csv_name(split)], self.name, _REMEDY)
+        (path,) = require_files(home, [self._csv_name(split)], self.name, self.remedy)
         rows = self._rows(path)
         folder = require_dir(home / self.features / split, f"{self.name} frames", "unpack the features of the archive")
         counts = indexed(_identity(folder), _state(folder), lambda: _scan(folder))

@@ -65,12 +65,11 @@ _log = logging.getLogger(__name__)
 class Synthetic(Phoenix2014T):
     """The synthetic world; written on first use into the user's cache (``$POLYMODAL_CACHE``), then read like PHOENIX.
 
+    Further options are those of :class:`~slt.data.base.SLTData`.
+
     Args:
         root: folder for worlds; default: the user's cache. Each set of options has its own sub-folder.
         questions: folder with other question files for this world; default: its own.
-        allow_missing: give an empty question to videos that the question file does not have, instead of an error.
-        lowercase: lower-case sentences and questions.
-        append_period: append " ." to every sentence; it shifts BLEU and is logged with it.
         world_seed: seed of glyphs, sentences and noise; the seed of a run does not change the data.
         sizes: clips in train, dev and test.
         frame_size: height and width in pixels, at least 12.
