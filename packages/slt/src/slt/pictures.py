@@ -206,18 +206,14 @@ def _caption(figure: Figure, explanation: Explanation, total: float) -> None:
 
 
 def _plain(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_color(_LIGHT)
     axes.tick_params(colors=_GREY, labelsize=8, length=2)
-    axes.yaxis.set_major_locator(_ticks())
-
-
-def _ticks() -> Any:
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(3, steps=[1, 2, 2.5, 5, 10])
+    axes.yaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 2.5, 5, 10]))
 
 
 def _weight_limit(explanation: Explanation) -> float:
@@ -233,34 +229,46 @@ def _evidence_limit(explanation: Explanation) -> float:
     return max(0.5, 1.08 * float(max(bars, explanation.sign_evidence.max(initial=0.0))))
 
 
+def _panels(
+    figure: Figure,
+    cells: Sequence[Any],
+    explanation: Explanation,
+    weights: np.ndarray | None,
+    limits: tuple[float, float],
+) -> tuple[Axes, Axes]:
+    """Empty axes of a column's evidence and, below, of its weights: the same axes twice for a fusion without any."""
+    evidence = lowest = figure.add_subplot(cells[1])
+    evidence.set_ylim(0, _evidence_limit(explanation))
+    if len(cells) > 2:
+        evidence.tick_params(labelbottom=False)
+        lowest = figure.add_subplot(cells[2])
+        lowest.set_ylim(0, _weight_limit(explanation))
+        if weights is None:
+            lowest.text(0.5, 0.5, "no weights", transform=lowest.transAxes, color=_GREY, ha="center", size=8)
+    for axes in {evidence, lowest}:
+        _plain(axes)
+        axes.set_xlim(*limits)
+    return evidence, lowest
+
+
 def _question_column(figure: Figure, cells: Sequence[Any], explanation: Explanation, colours: Sequence[Any]) -> None:
-    places = np.arange(len(explanation.question))
+    places, weights = np.arange(len(explanation.question)), explanation.question_weights
     title = figure.add_subplot(cells[0])
     title.set_axis_off()
     title.text(0, 0.02, "words of the question", transform=title.transAxes, color=_GREY, size=8)
-    evidence = figure.add_subplot(cells[1])
+    evidence, lowest = _panels(figure, cells, explanation, weights, (-0.6, len(places) - 0.4))
     floor = np.zeros(len(places))
     for word, colour in enumerate(colours):
         height = np.maximum(0.0, explanation.question_evidence[:, word])
         evidence.bar(places, height, 0.62, bottom=floor, color=colour, linewidth=0)
         floor = floor + height
-    evidence.set_ylim(0, _evidence_limit(explanation))
     evidence.set_ylabel("evidence", color=_GREY, size=8)
-    lowest = evidence
-    if len(cells) > 2:
-        evidence.tick_params(labelbottom=False)
-        lowest = figure.add_subplot(cells[2])
-        if explanation.question_weights is not None:
-            mean, low, high = explanation.question_weights.T
-            lowest.bar(places, mean, 0.62, color=_LIGHT)
-            lowest.vlines(places, low, high, color=_GREY, linewidth=1)
-            lowest.set_ylabel(explanation.weight_name, color=_GREY, size=8)
-        else:
-            lowest.text(0.5, 0.5, "no weights", transform=lowest.transAxes, color=_GREY, ha="center", size=8)
-        lowest.set_ylim(0, _weight_limit(explanation))
+    if weights is not None:
+        mean, low, high = weights.T
+        lowest.bar(places, mean, 0.62, color=_LIGHT)
+        lowest.vlines(places, low, high, color=_GREY, linewidth=1)
+        lowest.set_ylabel(explanation.weight_name, color=_GREY, size=8)
     for axes in {evidence, lowest}:
-        _plain(axes)
-        axes.set_xlim(-0.6, len(places) - 0.4)
         axes.set_xticks(places)
     room = lowest.get_position().width * _WIDTH / max(1, len(places))
     crowded = max(map(len, explanation.question)) * 0.085 > room
@@ -280,31 +288,20 @@ def _frame_column(
     pictures: int,
     local_hands: bool,
 ) -> None:
-    count = len(frames)
+    count, weights = len(frames), explanation.sign_weights
     film = figure.add_subplot(cells[0])
     _film(film, frames, pictures, local_hands)
-    evidence = figure.add_subplot(cells[1])
+    evidence, lowest = _panels(figure, cells, explanation, weights, (-0.5, count - 0.5))
     edges = explanation.edges
     middles = np.concatenate([edges[:1], (edges[:-1] + edges[1:]) / 2, edges[-1:]])
     for word, colour in enumerate(colours):
         height = np.maximum(0.0, np.pad(explanation.sign_evidence[:, word], 1, mode="edge"))
         evidence.fill_between(middles, height, color=colour, alpha=0.25, linewidth=0)
         evidence.plot(middles, height, color=colour, linewidth=1.6)
-    evidence.set_ylim(0, _evidence_limit(explanation))
-    lowest = evidence
-    if len(cells) > 2:
-        evidence.tick_params(labelbottom=False)
-        lowest = figure.add_subplot(cells[2])
-        if explanation.sign_weights is not None:
-            mean, low, high = explanation.sign_weights.T
-            lowest.stairs(high, explanation.edges, baseline=low, fill=True, color=_LIGHT)
-            lowest.stairs(mean, explanation.edges, color=_GREY, linewidth=1.6, baseline=None)
-        else:
-            lowest.text(0.5, 0.5, "no weights", transform=lowest.transAxes, color=_GREY, ha="center", size=8)
-        lowest.set_ylim(0, _weight_limit(explanation))
-    for axes in {evidence, lowest}:
-        _plain(axes)
-        axes.set_xlim(-0.5, count - 0.5)
+    if weights is not None:
+        mean, low, high = weights.T
+        lowest.stairs(high, edges, baseline=low, fill=True, color=_LIGHT)
+        lowest.stairs(mean, edges, color=_GREY, linewidth=1.6, baseline=None)
     step = max(1, round(count / 8))
     lowest.set_xticks(range(0, count, step), [str(numbers[i]) for i in range(0, count, step)])
     lowest.set_xlabel("frame", color=_GREY, size=8)
