@@ -43,8 +43,8 @@ class Trained:
     module: SLTModule
 
 
-def locate(path: Path) -> tuple[Path, Path]:
-    """Run folder and checkpoint that a user means by a run folder or a checkpoint file.
+def locate(path: Path) -> tuple[Path, Path, dict[str, Any]]:
+    """Run folder, checkpoint and manifest that a user means by a run folder or a checkpoint file.
 
     A folder means its ``best.ckpt``, or ``last.ckpt`` in a run that was not validated yet.
 
@@ -73,13 +73,13 @@ def locate(path: Path) -> tuple[Path, Path]:
         hint = f"give the run it evaluated: {trained}" if trained else "give a run folder of slt-train"
         raise UserError(f"{folder} is an evaluation, it holds no model; {hint}")
     if path.is_file():
-        return folder, path
+        return folder, path, manifest
     for name in ("best", "last"):
         file = folder / "checkpoints" / f"{name}.ckpt"
         if file.is_file():
             if name == "last":
                 _log.info("%s has no best.ckpt (no validation yet); using last.ckpt", folder)
-            return folder, file
+            return folder, file, manifest
     raise UserError(f"{folder}/checkpoints has neither best.ckpt nor last.ckpt; the run stopped before its first epoch")
 
 
@@ -116,9 +116,7 @@ def load_trained(path: Path, data: SLTData | None = None, device: str = "auto") 
         UserError: see :func:`locate` and :func:`read_run_config`; a damaged checkpoint, one of stage 1, of another
             vocabulary or of another network; data that the model cannot look at; no such device.
     """
-    from polymodal.run import read_manifest
-
-    folder, file = locate(path)
+    folder, file, manifest = locate(path)
     config = read_run_config(folder)
     if isinstance(data, RunData):
         data = data.resolve(config.data)
@@ -153,7 +151,7 @@ def load_trained(path: Path, data: SLTData | None = None, device: str = "auto") 
         reason = lines[1] if len(lines) > 1 else lines[0]
         raise UserError(f"{file} does not fit {folder / 'config.yaml'}: {reason[:200]}; mixed run folders?") from error
     module.eval().to(target)
-    return Trained(folder, file, config, read_manifest(folder), module)
+    return Trained(folder, file, config, manifest, module)
 
 
 def pick_device(name: str) -> str:
