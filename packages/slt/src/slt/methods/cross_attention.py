@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import init
 
 from slt.methods.base import Fusion, FusionOutput
+from slt.ops.precision import at_least_float32
 from slt.ops.ssaw import merge_heads, split_heads
 
 __all__ = ["CrossAttention", "CrossAttentionConfig"]
@@ -66,12 +67,12 @@ class CrossAttention(Fusion):
         q = split_heads(self.q_proj(sign), self.num_heads)
         k, v = (split_heads(proj(question), self.num_heads) for proj in (self.k_proj, self.v_proj))
         with torch.autocast(device_type=sign.device.type, enabled=False):
-            exact = torch.promote_types(q.dtype, torch.float32)
-            scores = q.to(exact) @ k.to(exact).transpose(-1, -2) / math.sqrt(q.shape[-1])
+            q, k, v = at_least_float32(q), at_least_float32(k), at_least_float32(v)
+            scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
             # A finite floor instead of -inf: a row without a question stays finite and is zeroed below.
             absent = ~question_mask[:, None, None, :]
             weights = scores.masked_fill(absent, -1e30).softmax(dim=-1).masked_fill(absent, 0.0)
-            attended = merge_heads(weights @ v.to(exact))
+            attended = merge_heads(weights @ v)
         added = self.out_proj(attended.to(self.out_proj.weight.dtype))
         asked = question_mask.any(dim=1)[:, None] & sign_mask
         return sign + added.masked_fill(~asked[..., None], 0.0), sign_mask, weights

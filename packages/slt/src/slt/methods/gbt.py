@@ -10,6 +10,7 @@ from torch.nn import init
 
 from slt.methods.base import Fusion, FusionOutput
 from slt.ops.contrastive import masked_mean
+from slt.ops.precision import at_least_float32
 
 __all__ = ["GatedFusion", "GatedFusionConfig"]
 
@@ -61,7 +62,7 @@ class GatedFusion(Fusion):
         sign = sign.masked_fill(~sign_mask[..., None], 0.0)
         mean = masked_mean(question, question_mask)[:, None]
         logits = self.sign_gate(sign) + self.question_gate(mean)
-        gate = torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+        gate = torch.sigmoid(at_least_float32(logits))
         gate = gate.masked_fill(~(question_mask.any(dim=1)[:, None] & sign_mask)[..., None], 0.0)
         mixed = self.sign_proj(sign) + self.question_proj(mean)
         return gate * mixed + (1.0 - gate) * sign, sign_mask, gate

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from slt.ops.precision import at_least_float32
+
 __all__ = [
     "INITIAL_LOGIT_SCALE",
     "MAX_LOGIT_SCALE",
@@ -27,10 +29,6 @@ INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 """Logarithm of the initial scale 14.2857142857."""
 MAX_LOGIT_SCALE = math.log(100.0)
 """The logarithm is clamped here, so that the scale is at most 100."""
-
-
-def _full(x: Tensor) -> Tensor:
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def _targets(count: int, variant: str, ids: Tensor | Sequence[Hashable] | None, like: Tensor) -> Tensor:
@@ -90,7 +88,7 @@ def contrastive_loss(
     if a.ndim != 2 or a.shape != b.shape or a.shape[0] == 0:
         raise ValueError(f"a {tuple(a.shape)} and b {tuple(b.shape)}; expected both (N, d) with N >= 1")
     with torch.autocast(device_type=a.device.type, enabled=False):
-        a, b = F.normalize(_full(a), dim=1), F.normalize(_full(b), dim=1)
+        a, b = F.normalize(at_least_float32(a), dim=1), F.normalize(at_least_float32(b), dim=1)
         scale = torch.as_tensor(logit_scale, dtype=a.dtype, device=a.device).clamp(max=MAX_LOGIT_SCALE).exp()
         logits = scale * (a @ b.T)
         targets = _targets(a.shape[0], variant, ids, logits)
@@ -157,7 +155,7 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     Returns:
         (B, d) in the type of ``x``.
     """
-    total = _full(x).masked_fill(~mask[..., None], 0.0).sum(dim=1)
+    total = at_least_float32(x).masked_fill(~mask[..., None], 0.0).sum(dim=1)
     return (total / mask.sum(dim=1, keepdim=True).clamp(min=1)).to(x.dtype)
 
 
@@ -192,6 +190,6 @@ def question_triplet_loss(anchor: Tensor, positive: Tensor, negatives: Tensor | 
             f"negatives {tuple(negatives.shape)}; expected (B, K, d) to go with anchor {tuple(anchor.shape)}"
         )
     with torch.autocast(device_type=anchor.device.type, enabled=False):
-        others = torch.cat([_full(positive)[:, None], _full(negatives)], dim=1)
-        cosines = (F.normalize(_full(anchor), dim=-1)[:, None] * F.normalize(others, dim=-1)).sum(dim=-1)
+        others = torch.cat([at_least_float32(positive)[:, None], at_least_float32(negatives)], dim=1)
+        cosines = (F.normalize(at_least_float32(anchor), dim=-1)[:, None] * F.normalize(others, dim=-1)).sum(dim=-1)
         return -cosines.log_softmax(dim=1)[:, 0].mean()

@@ -13,12 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from slt.ops.precision import at_least_float32
+
 __all__ = ["gate_tokens", "join_tokens", "merge_heads", "sigmoid_attention", "softmax_context", "split_heads"]
-
-
-def _full(x: Tensor) -> Tensor:
-    """``x`` in float32 where it is narrower; float32 and float64 stay as they are."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def join_tokens(
@@ -66,7 +63,9 @@ def softmax_context(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """
     keys = mask | ~mask.any(dim=1, keepdim=True)
     with torch.autocast(device_type=q.device.type, enabled=False):
-        return F.scaled_dot_product_attention(_full(q), _full(k), _full(v), attn_mask=keys[:, None, None, :])
+        return F.scaled_dot_product_attention(
+            at_least_float32(q), at_least_float32(k), at_least_float32(v), attn_mask=keys[:, None, None, :]
+        )
 
 
 def gate_tokens(tokens: Tensor, gate_logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,7 +79,7 @@ def gate_tokens(tokens: Tensor, gate_logits: Tensor, mask: Tensor) -> tuple[Tens
     Returns:
         ``(out, gate)``: (B, L, d), and the weights in [0, 1], shaped as ``gate_logits`` and 0 at padding.
     """
-    gate = torch.sigmoid(_full(gate_logits)).masked_fill(~mask[..., None], 0.0)
+    gate = torch.sigmoid(at_least_float32(gate_logits)).masked_fill(~mask[..., None], 0.0)
     return gate * tokens, gate
 
 
@@ -101,8 +100,8 @@ def sigmoid_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Te
         queries are not zeroed.
     """
     with torch.autocast(device_type=q.device.type, enabled=False):
-        scores = _full(q) @ _full(k).transpose(-1, -2) / math.sqrt(q.shape[-1])
+        scores = at_least_float32(q) @ at_least_float32(k).transpose(-1, -2) / math.sqrt(q.shape[-1])
         count = mask.sum(dim=1).clamp(min=1).to(scores.dtype)
         weights = torch.sigmoid(scores - count.log()[:, None, None, None])
         weights = weights.masked_fill(~mask[:, None, None, :], 0.0)
-        return weights @ _full(v), weights
+        return weights @ at_least_float32(v), weights
