@@ -220,7 +220,7 @@ def _weight_limit(explanation: Explanation) -> float:
     """Upper end of the weights' axis: 1 for gates, which is their bound."""
     tables = [t for t in (explanation.question_weights, explanation.sign_weights) if t is not None and len(t)]
     highest = max((float(t[:, [0, 2]].max()) for t in tables), default=1.0)
-    return 1.0 if highest > 0.25 else 1.15 * highest
+    return 1.15 * highest if 0.0 < highest <= 0.25 else 1.0
 
 
 def _evidence_limit(explanation: Explanation) -> float:

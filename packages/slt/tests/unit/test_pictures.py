@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import struct
 from pathlib import Path
@@ -285,8 +286,9 @@ def png_size(path: Path) -> tuple[int, int]:
         explanation(tokens=0),
         explanation(weights=False),
         explanation(words=1, asked=1),
+        dataclasses.replace(explanation(asked=0), sign_weights=np.zeros((9, 3))),
     ],
-    ids=["usual", "many words", "no question", "no video", "no weights", "one word"],
+    ids=["usual", "many words", "no question", "no video", "no weights", "one word", "gated fusion, no question"],
 )
 def test_every_case_can_be_drawn(tmp_path: Path, case: Explanation) -> None:
     frames = np.random.default_rng(0).integers(0, 255, (32, 24, 24, 3), dtype=np.uint8)
