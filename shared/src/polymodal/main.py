@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import shlex
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NoReturn
 
 from polymodal.cli import run_guarded, subcommands
 from polymodal.errors import UserError
-
-if TYPE_CHECKING:
-    import jsonargparse
 
 __all__ = ["main"]
 
@@ -46,68 +46,52 @@ def _guarded(name: str, function: Callable[[Sequence[str]], int]) -> Callable[[S
     """The command with ``--debug`` and one-line errors; its own exit code counts where it returns."""
 
     def call(arguments: Sequence[str]) -> int:
-        debug = "--debug" in arguments
-        codes: list[int] = []
-        plain = [a for a in arguments if a != "--debug"]
-        code = run_guarded(lambda: codes.append(function(plain)), prog=f"polymodal {name}", debug=debug)
-        return code or (codes[0] if codes else 0)
+        codes = [0]
+
+        def run() -> None:
+            with contextlib.suppress(SystemExit):  # how argparse ends after --help; its errors are a UserError here
+                codes.append(function([a for a in arguments if a != "--debug"]))
+
+        return run_guarded(run, prog=f"polymodal {name}", debug="--debug" in arguments) or codes[-1]
 
     return call
 
 
-def _parser(name: str, summary: str, example: str) -> jsonargparse.ArgumentParser:
-    import jsonargparse
-
-    class Formatter(argparse.RawDescriptionHelpFormatter):
-        def __init__(self, prog: str) -> None:
-            super().__init__(prog, max_help_position=30, width=100)
-
-    indented = "\n".join(f"  {line}" for line in example.strip().splitlines())
-    return jsonargparse.ArgumentParser(
-        prog=f"polymodal {name}",
-        description=f"{summary}\n\nExample:\n{indented}",
-        formatter_class=Formatter,
-        exit_on_error=False,
-        add_help=True,
-    )
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30, width=100)
 
 
-def _parse(parser: jsonargparse.ArgumentParser, arguments: Sequence[str]) -> Any | None:
-    """Parsed options; ``None`` after ``--help``.
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, name: str, summary: str, example: str) -> None:
+        description = f"{summary}\n\nExample:\n{textwrap.indent(example, '  ')}"
+        prog = f"polymodal {name}"
+        super().__init__(prog=prog, description=description, formatter_class=_Formatter, allow_abbrev=False)
 
-    Raises:
-        UserError: unknown option or wrong value.
-    """
-    if any(a in ("-h", "--help") for a in arguments):
-        sys.stdout.write(parser.format_help())
-        return None
-    try:
-        return parser.parse_args(list(arguments))
-    except (argparse.ArgumentError, TypeError, ValueError) as error:
-        raise UserError(f"{' '.join(str(error).split())}; `{parser.prog} --help` shows the options") from error
+    def error(self, message: str) -> NoReturn:
+        """An unknown option or a wrong value."""
+        raise UserError(f"{message}; `{self.prog} --help` shows the options")
 
 
 def _report(arguments: Sequence[str]) -> int:
-    parser = _parser(
+    parser = _Parser(
         "report",
         "One table a task from run folders: mean and deviation over seeds, paired differences.",
         "polymodal report runs/ --metric test/bleu4 'test/rouge*' --against none\n"
         "polymodal report runs/ --by fusion.mode --where data.name=synthetic --html --plot --out report/",
     )
     parser.add_argument("runs", nargs="*", type=Path, default=[Path("runs")], help="run folders or folders of runs")
-    parser.add_argument("--by", type=str, default="method", help="rows: dotted keys of manifest or config [method]")
-    parser.add_argument("--metric", nargs="+", type=str, default=[], help="columns: names or patterns [test scores]")
-    parser.add_argument("--where", nargs="+", type=str, default=[], help="KEY=VALUE conditions; VALUE may be a pattern")
-    parser.add_argument("--against", type=str, default=None, help="baseline of the paired differences")
-    parser.add_argument("--format", type=str, choices=_FORMS, default="md", help="what is printed [md]")
+    parser.add_argument("--by", default="method", help="rows: dotted keys of manifest or config [method]")
+    parser.add_argument("--metric", nargs="+", default=[], help="columns: names or patterns [test scores]")
+    parser.add_argument("--where", nargs="+", default=[], help="KEY=VALUE conditions; VALUE may be a pattern")
+    parser.add_argument("--against", default=None, help="baseline of the paired differences")
+    parser.add_argument("--format", choices=_FORMS, default="md", help="what is printed [md]")
     parser.add_argument("--html", action="store_true", help="also write report.html, one file with curves and samples")
     parser.add_argument("--plot", action="store_true", help="also write one PNG a metric: mean and deviation")
     parser.add_argument("--out", type=Path, default=None, help="folder for files; the printed report goes there too")
     parser.add_argument("--mix", action="store_true", help="allow different data or metric definitions in one table")
     parser.add_argument("--unfinished", action="store_true", help="include runs that did not come to their end")
-    options = _parse(parser, arguments)
-    if options is None:
-        return 0
+    options = parser.parse_args(arguments)
     from polymodal.report import ReportOptions, collect, render, write_report
 
     asked = ReportOptions(
@@ -131,48 +115,44 @@ def _report(arguments: Sequence[str]) -> int:
 
 
 def _compare(arguments: Sequence[str]) -> int:
-    parser = _parser(
+    parser = _Parser(
         "compare",
         "What differs between runs: configuration, circumstances and metrics side by side.",
         "polymodal compare runs/slt/synthetic-ssaw-20250101-100000 runs/slt/synthetic-none-20250101-100500",
     )
     parser.add_argument("runs", nargs="*", type=Path, default=[], help="two run folders or more")
-    options = _parse(parser, arguments)
-    if options is not None:
-        from polymodal.compare import compare
+    options = parser.parse_args(arguments)
+    from polymodal.compare import compare
 
-        sys.stdout.write(compare(options.runs).to_markdown())
+    sys.stdout.write(compare(options.runs).to_markdown())
     return 0
 
 
 def _list(arguments: Sequence[str]) -> int:
-    parser = _parser(
+    parser = _Parser(
         "list",
         "Methods of all installed packages: name, fidelity, paper, summary.\n"
         "Fidelity: paper (its equations), code (its official code), reconstruction (our reading).",
         "polymodal list --package slt",
     )
-    parser.add_argument("--package", type=str, default="", help="show this one only")
-    parser.add_argument("--format", type=str, choices=("text", "md"), default="text", help="text or md [text]")
-    options = _parse(parser, arguments)
-    if options is not None:
-        from polymodal.discovery import installed_packages, listing
+    parser.add_argument("--package", default="", help="show this one only")
+    parser.add_argument("--format", choices=("text", "md"), default="text", help="text or md [text]")
+    options = parser.parse_args(arguments)
+    from polymodal.discovery import installed_packages, listing
 
-        sys.stdout.write(listing(installed_packages(), options.package, options.format) + "\n")
+    sys.stdout.write(listing(installed_packages(), options.package, options.format) + "\n")
     return 0
 
 
 def _doctor(arguments: Sequence[str]) -> int:
-    parser = _parser(
+    parser = _Parser(
         "doctor",
         "Looks at versions, import names, devices, the W&B account and folders. Changes and sends nothing.\n"
         "Exit code 1 if something is broken.",
         "polymodal doctor",
     )
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder that training would write to [runs]")
-    options = _parse(parser, arguments)
-    if options is None:
-        return 0
+    options = parser.parse_args(arguments)
     from polymodal.doctor import examine, report_text
 
     findings = examine(options.runs)
@@ -181,21 +161,19 @@ def _doctor(arguments: Sequence[str]) -> int:
 
 
 def _dashboard(arguments: Sequence[str]) -> int:
-    parser = _parser(
+    parser = _Parser(
         "dashboard",
         "Writes a package's panel layout into a W&B project as a saved view (extra: polymodal[dashboards]).\n"
         "Without an account: polymodal report runs/ --html.",
         "polymodal dashboard --package slt --entity my-team --project polymodal-slt\n"
         "polymodal dashboard --package slt --dry-run",
     )
-    parser.add_argument("--package", type=str, default="", help="import name, e.g. slt")
-    parser.add_argument("--entity", type=str, default=None, help="W&B team or user [the account's default]")
-    parser.add_argument("--project", type=str, default="", help="W&B project [polymodal-<package>]")
-    parser.add_argument("--name", type=str, default="", help="name of the view [polymodal <package>]")
+    parser.add_argument("--package", default="", help="import name, e.g. slt")
+    parser.add_argument("--entity", default=None, help="W&B team or user [the account's default]")
+    parser.add_argument("--project", default="", help="W&B project [polymodal-<package>]")
+    parser.add_argument("--name", default="", help="name of the view [polymodal <package>]")
     parser.add_argument("--dry-run", action="store_true", help="print the layout as JSON and write nothing")
-    options = _parse(parser, arguments)
-    if options is None:
-        return 0
+    options = parser.parse_args(arguments)
     from polymodal.dashboards import apply_layout, layout_for
     from polymodal.discovery import installed_packages
 
@@ -212,31 +190,27 @@ def _dashboard(arguments: Sequence[str]) -> int:
 
 
 def _experiments(arguments: Sequence[str]) -> int:
-    parser = _parser(
+    parser = _Parser(
         "experiments",
         "A grid of settings and seeds from a YAML file: one process and one JSON file a cell; finished ones are kept.",
         "polymodal experiments run packages/slt/experiments/fusion.yaml --jobs 2\n"
         "polymodal experiments table packages/slt/experiments/fusion.yaml --against none",
     )
-    parser.add_argument(
-        "action", type=str, choices=("run", "table", "plan"), help="run, table, or plan (show commands)"
-    )
+    parser.add_argument("action", choices=("run", "table", "plan"), help="run, table, or plan (show commands)")
     parser.add_argument("file", type=Path, help="experiment file")
     parser.add_argument("--jobs", type=int, default=1, help="run: cells at a time [1]")
     parser.add_argument("--runs", type=Path, default=None, help="run: folder for run folders [runs/experiments]")
-    parser.add_argument("--against", type=str, default=None, help="table: baseline [the file's]")
-    parser.add_argument("--format", type=str, choices=("md", "csv", "tex"), default="md", help="table: format [md]")
+    parser.add_argument("--against", default=None, help="table: baseline [the file's]")
+    parser.add_argument("--format", choices=("md", "csv", "tex"), default="md", help="table: format [md]")
     parser.add_argument("--out", type=Path, default=None, help="table: write to this file instead of printing")
     parser.add_argument("--mix", action="store_true", help="table: allow different data or metric definitions")
-    options = _parse(parser, arguments)
-    if options is None:
-        return 0
+    options = parser.parse_args(arguments)
     from polymodal.experiments import load_experiment
 
     experiment = load_experiment(options.file, options.runs)
     if options.action == "plan":
         for cell in experiment.grid():
-            sys.stdout.write(" ".join(experiment.arguments(cell)) + "\n")
+            sys.stdout.write(shlex.join(experiment.arguments(cell)) + "\n")
         return 0
     if options.action == "run":
         return _run_cells(experiment, options.jobs)
