@@ -62,7 +62,7 @@ def contrastive_loss(
     Features are L2-normalised; logits = exp(min(logit_scale, ln 100)) * a b^T. With targets t (rows sum to 1):
 
     - ``infonce``: t is the identity; cross-entropy. One row gives 0, equal features give ln N.
-    - ``gfslt``: t = softmax(10 I); KL(t || softmax(logits)), summed over columns, divided by N. About 1e-3 from
+    - ``gfslt``: t = softmax(10 I); KL(t || softmax(logits)), summed over columns, divided by N. Close to
       ``infonce``; the loss of the GFSLT-VLP code, for parity.
     - ``multi``: t_ij = [id_i = id_j] / count_i; cross-entropy, no entropy subtracted. Equals ``infonce`` when all ids
       differ. Takes of one sentence are then positives of each other instead of false negatives.
@@ -92,10 +92,7 @@ def contrastive_loss(
         scale = torch.as_tensor(logit_scale, dtype=a.dtype, device=a.device).clamp(max=MAX_LOGIT_SCALE).exp()
         logits = scale * (a @ b.T)
         targets = _targets(a.shape[0], variant, ids, logits)
-        cross_entropy = -0.5 * sum(
-            ((targets * side.log_softmax(dim=1)).sum(dim=1).mean() for side in (logits, logits.T)),
-            start=logits.new_zeros(()),
-        )
+        cross_entropy = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
         if variant == "gfslt":
             return cross_entropy + (targets * targets.log()).sum(dim=1).mean()
         return cross_entropy
