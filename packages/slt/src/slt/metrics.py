@@ -17,7 +17,7 @@ from polymodal.errors import UserError
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
-from slt.ops.corrupt import LEVELS, split_units
+from slt.ops.corrupt import check_level, split_units
 
 __all__ = [
     "ROUGE_VARIANTS",
@@ -41,8 +41,7 @@ _COCO_BETA = 1.2
 
 
 def _check(references: Sequence[str], hypotheses: Sequence[str], level: str = "word") -> None:
-    if level not in LEVELS:
-        raise UserError(f"unknown level {level!r}; known: {', '.join(LEVELS)} (char for Chinese)")
+    check_level(level)
     for name, texts in (("references", references), ("hypotheses", hypotheses)):
         if isinstance(texts, str):
             raise UserError(f"{name} is one string; expected a list of sentences")
@@ -142,7 +141,7 @@ def _rouge_all(references: Sequence[str], hypotheses: Sequence[str], level: str,
 def rouge_l(references: Sequence[str], hypotheses: Sequence[str], level: str = "word", variant: str = "coco") -> float:
     """ROUGE-L: the mean over sentences of F = (1 + b^2) P R / (R + b^2 P), with P = LCS/|h| and R = LCS/|r|.
 
-    The two variants in use differ by one or two points, so name the one you print. Tokens follow the field's scripts:
+    The two variants in use give different numbers, so name the one you print. Tokens follow the field's scripts:
     level split, joined by one blank, split at every single blank. An empty text is thus one empty token (empty
     hypothesis: 0; both empty: 100), and in char mode a blank in the text is two empty tokens, which an empty
     hypothesis then matches.

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from polymodal.errors import UserError
-from slt.ops.corrupt import KINDS, MASK, corrupt, join_units, omit, omit_last, span, split_units
+from slt.ops.corrupt import KINDS, MASK, corrupt, omit, omit_last, span, split_units
 
 texts = st.lists(st.sampled_from(["der", "regen", "zieht", "ab", "."]), max_size=30)
 rates = st.floats(0, 1)
@@ -66,12 +66,10 @@ def test_chinese_is_masked_by_character():
     units = split_units("今天 天气很好", "char")
     assert units == list("今天天气很好")
     assert omit_last(units, 0.15, 0.15) == [*"今天天气很", MASK]
-    assert join_units(units, "char") == "今天天气很好"
 
 
 def test_words_are_separated_by_any_blanks():
     assert split_units("  im\tnorden   regen ", "word") == ["im", "norden", "regen"]
-    assert join_units(["im", MASK], "word") == "im <mask>"
     assert split_units(" ", "word") == split_units("", "char") == []
 
 
@@ -84,7 +82,6 @@ def test_words_are_separated_by_any_blanks():
         (lambda: corrupt(["a"], "omit_first", 0.1, None), "'omit_first'; known: omit_last, omit, span"),
         (lambda: corrupt(["a"], "span", 2.0, None), "rate=2.0"),
         (lambda: split_units("a", "words"), "'words'; known: word, char"),
-        (lambda: join_units(["a"], "letter"), "'letter'"),
     ],
 )
 def test_bad_options(call, message):

@@ -11,10 +11,8 @@ from slt.ops.lengths import (
     frame_indices,
     padded_indices,
     padded_length,
-    padded_lengths,
     padding,
     token_length,
-    token_lengths,
 )
 
 EXTRA = {"gfslt": 1, "vac": 0}
@@ -37,13 +35,6 @@ def test_the_real_conv_stack_returns_that_many_tokens(scheme):
         for frames in range(1, 2001, 4):  # every padded length occurs
             out = stack(torch.zeros(1, 1, padded_length(frames, scheme)))
             assert out.shape[-1] == token_length(frames, scheme)
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_vectorised_equals_scalar(scheme):
-    frames = torch.arange(1, 500)
-    assert padded_lengths(frames, scheme).tolist() == [padded_length(t, scheme) for t in range(1, 500)]
-    assert token_lengths(frames, scheme).tolist() == [token_length(t, scheme) for t in range(1, 500)]
 
 
 @settings(deadline=None, max_examples=50)

@@ -14,14 +14,19 @@ from polymodal.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["KINDS", "LEVELS", "MASK", "corrupt", "join_units", "omit", "omit_last", "span", "split_units"]
+__all__ = ["KINDS", "LEVELS", "MASK", "check_level", "corrupt", "omit", "omit_last", "span", "split_units"]
 
 MASK = "<mask>"
 LEVELS = ("word", "char")
 KINDS = ("omit_last", "omit", "span")
 
 
-def _check_level(level: str) -> None:
+def check_level(level: str) -> None:
+    """Refuse a level of text units that is not one of ``LEVELS``.
+
+    Raises:
+        UserError: unknown level.
+    """
     if level not in LEVELS:
         raise UserError(f"unknown level {level!r}; known: {', '.join(LEVELS)} (char for Chinese)")
 
@@ -39,25 +44,8 @@ def split_units(text: str, level: str) -> list[str]:
     Raises:
         UserError: unknown level.
     """
-    _check_level(level)
+    check_level(level)
     return text.split() if level == "word" else [c for c in text if not c.isspace()]
-
-
-def join_units(units: Sequence[str], level: str) -> str:
-    """Text of units: joined by one blank (``word``) or by nothing (``char``).
-
-    Args:
-        units: as from ``split_units``; may hold ``MASK``.
-        level: ``word`` or ``char``.
-
-    Returns:
-        The text.
-
-    Raises:
-        UserError: unknown level.
-    """
-    _check_level(level)
-    return (" " if level == "word" else "").join(units)
 
 
 def _check_rate(rate: float) -> None:

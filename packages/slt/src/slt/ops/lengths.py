@@ -6,14 +6,12 @@ torch.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from polymodal.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-
-    Count = TypeVar("Count", int, torch.Tensor)
 
 __all__ = [
     "SCHEMES",
@@ -21,10 +19,8 @@ __all__ = [
     "frame_indices",
     "padded_indices",
     "padded_length",
-    "padded_lengths",
     "padding",
     "token_length",
-    "token_lengths",
 ]
 
 SCHEMES: dict[str, int] = {"gfslt": 8, "vac": 6}
@@ -45,10 +41,6 @@ def _checked(frames: int) -> int:
     return int(frames)
 
 
-def _padded(frames: Count, left: int) -> Count:
-    return 4 * -(-frames // 4) + 2 * left
-
-
 def padded_length(frames: int, scheme: str = "gfslt") -> int:
     """Frames of a clip after repeating its edge frames.
 
@@ -65,7 +57,7 @@ def padded_length(frames: int, scheme: str = "gfslt") -> int:
     Source:
         SSL-SSAW (arXiv 2509.14036), our reading, section 3.2; the schemes are those of the GFSLT-VLP code.
     """
-    return _padded(_checked(frames), _left(scheme))
+    return 4 * -(-_checked(frames) // 4) + 2 * _left(scheme)
 
 
 def conv_length(padded: int) -> int:
@@ -94,32 +86,6 @@ def token_length(frames: int, scheme: str = "gfslt") -> int:
         UserError: unknown scheme, or no frame.
     """
     return conv_length(padded_length(frames, scheme))
-
-
-def padded_lengths(lengths: torch.Tensor, scheme: str = "gfslt") -> torch.Tensor:
-    """``padded_length`` for many clips at once.
-
-    Args:
-        lengths: (B,) integer, frames per clip, each >= 1 (not checked: it would synchronise an accelerator).
-        scheme: ``gfslt`` or ``vac``.
-
-    Returns:
-        (B,) integer.
-    """
-    return _padded(lengths, _left(scheme))
-
-
-def token_lengths(lengths: torch.Tensor, scheme: str = "gfslt") -> torch.Tensor:
-    """``token_length`` for many clips at once.
-
-    Args:
-        lengths: (B,) integer, frames per clip, each >= 1 (not checked).
-        scheme: ``gfslt`` or ``vac``.
-
-    Returns:
-        (B,) integer.
-    """
-    return padded_lengths(lengths, scheme) // 4 - 3
 
 
 def padding(frames: int, scheme: str = "gfslt") -> tuple[int, int]:
