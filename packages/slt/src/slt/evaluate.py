@@ -17,6 +17,7 @@ from polymodal.errors import UserError
 from slt.data import READERS
 from slt.data.base import Item
 from slt.eval_settings import EvalConfig, RunData
+from slt.predictions import read_predictions, read_references
 
 if TYPE_CHECKING:
     from polymodal.run import Run
@@ -169,7 +170,6 @@ def _score_file(config: EvalConfig, path: Path) -> None:
     from polymodal.run import Run
 
     from slt.data.synthetic import Synthetic
-    from slt.predictions import read_predictions, read_references
 
     texts: TextOptions
     train: Sequence[Item] = ()
@@ -190,9 +190,8 @@ def _score_file(config: EvalConfig, path: Path) -> None:
     blind, note = _question_only(config, items, described["fingerprint"], None)
     with Run.start("slt", config, name=name, method=name, data=described, job_type="eval") as run:
         run.note(predictions=str(path), split=config.split)
-        _finish(
-            config, run, texts, items, {**found, **{k: v for k, v in blind.items() if k != name}}, train, name, note
-        )
+        found |= {row: made for row, made in blind.items() if row != name}
+        _finish(config, run, texts, items, found, train, name, note)
 
 
 # ------------------------------------------------------------------ both
@@ -202,8 +201,6 @@ def _question_only(
     config: EvalConfig, items: Sequence[Item], fingerprint: str, trained: Trained | None
 ) -> tuple[dict[str, dict[str, str]], list[str]]:
     """The row ``question_only`` where it can be had, else a note that says how to get it."""
-    from slt.predictions import read_predictions
-
     ids, path = [item.id for item in items], config.question_only
     if not any(item.question for item in items) or (trained and trained.config.model.fusion == "question_only"):
         return {}, []
@@ -225,7 +222,6 @@ def _question_only_run(config: EvalConfig, folder: Path, ids: list[str], fingerp
     from polymodal.run import read_manifest
 
     from slt.checkpoint import load_trained
-    from slt.predictions import read_predictions
 
     manifest = read_manifest(folder)
     stored = _stored_predictions(folder, manifest, config.split, fingerprint)
