@@ -64,7 +64,7 @@ class ModelConfig:
     max_positions: int = 1024
     """longest token sequence of any encoder or decoder"""
     fusion: str = "ssaw"
-    """how question and sign tokens meet: ssaw, concat, none, question_only, cross_attention"""
+    """how question and sign tokens meet: ssaw, concat, none, question_only, cross_attention, gbt"""
     fusion_options: dict[str, Any] = field(default_factory=dict)
     """options of the fusion, e.g. {mode: attention} for ssaw"""
     pretrained_text: str | None = None
