@@ -179,6 +179,12 @@ def test_when_clips_are_kept_in_memory(world, tokenizer, options, expected):
     assert (data.dataset("train")._cache is not None) is expected
 
 
+def test_without_frames_nothing_is_decoded(world, tokenizer, monkeypatch):
+    monkeypatch.setattr(Synthetic, "load", lambda *_: pytest.fail("decoded"))
+    data = make(world, tokenizer, PLAIN, load_frames=False)
+    assert data.dataset("train")[0].frames.shape[0] == 0
+
+
 def test_question_dropout_is_for_training_only(world):
     config = dataclasses.replace(PLAIN, question_dropout=0.25)
     train = SLTDataset(world, "train", config, train=True, cache=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import multiprocessing
 from typing import Any
@@ -62,7 +63,6 @@ class SLTDataModule(L.LightningDataModule):
         self.train_sampler: LengthBucketBatchSampler | None = None
         self._train_loader: LazyLoader | None = None
         self._datasets: dict[tuple[str, bool], SLTDataset] = {}
-        self._cache: bool | None = config.cache_frames
 
     def prepare_data(self) -> None:
         """Let the reader write what it needs (the synthetic world), in one process."""
@@ -78,21 +78,23 @@ class SLTDataModule(L.LightningDataModule):
     def dataset(self, split: str, train: bool = False) -> SLTDataset:
         """One split; made once."""
         if (split, train) not in self._datasets:
-            cache = self._should_cache() if self._cache is None else self._cache
-            self._cache = cache
             self._datasets[split, train] = SLTDataset(
                 self.reader,
                 split,
                 self.config,
                 train=train,
                 seed=self.seed,
-                cache=cache,
+                cache=self._keep_clips,
                 load_frames=self.load_frames,
             )
         return self._datasets[split, train]
 
-    def _should_cache(self) -> bool:
-        if self.config.num_workers:
+    @functools.cached_property
+    def _keep_clips(self) -> bool:
+        """Whether decoded clips stay in memory: as configured, else where this process decodes them and they fit."""
+        if self.config.cache_frames is not None:
+            return self.config.cache_frames
+        if self.config.num_workers or not self.load_frames:
             return False
         items = [item for split in SPLITS for item in self.reader.items(split)]
         frame = self.reader.load(items[0], [0])
