@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import re
@@ -10,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from polymodal.errors import UserError
+from polymodal.errors import UserError, did_you_mean
 
 __all__ = ["MethodInfo", "Registry"]
 
@@ -88,8 +87,7 @@ class Registry:
         """
         if name in self._rows:
             return self._rows[name]
-        close = difflib.get_close_matches(name, self._rows, n=2)
-        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        hint = did_you_mean(name, self._rows)
         raise UserError(f"unknown {self.kind} {name!r}; {hint}known: {', '.join(self._rows)}")
 
     def load(self, name: str) -> type[Any]:
@@ -112,7 +110,6 @@ class Registry:
         open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
         unknown = [key for key in config if key not in accepted]
         if unknown and not open_ended:
-            close = difflib.get_close_matches(unknown[0], accepted, n=2)
-            hint = f"did you mean {' or '.join(close)}? " if close else ""
+            hint = did_you_mean(unknown[0], accepted)
             raise UserError(f"{self.kind} {name!r} has no option {unknown[0]!r}; {hint}known: {', '.join(accepted)}")
         return cls(*args, **config)
