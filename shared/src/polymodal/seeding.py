@@ -61,8 +61,8 @@ def seed_step(seed: int, *names: str | int) -> torch.Generator:
 def _seed_global(seed: int) -> None:
     """``torch.manual_seed`` for the devices in use.
 
-    The original queues the seed, with a formatted stack trace, for every kind of device that was not started: 1 to 2 ms
-    a call, and a queue that grows for as long as the process lives.
+    The original queues the seed, with a formatted stack trace, for every kind of device that was not started: slow for
+    something done at each step, and a queue that grows for as long as the process lives.
     """
     import torch
 
@@ -77,11 +77,14 @@ def _seed_global(seed: int) -> None:
 def set_threads(threads: int | None) -> int:
     """Set torch's intra-op threads; ``None`` means one.
 
-    One thread is the default because two spin-waiting OpenMP threads on a busy machine were measured 18 to 50 times
-    slower on small models; large models on idle machines gain from ``--threads``.
+    One thread is the default because small models gain little from more, and lose much on a busy machine, where OpenMP
+    threads spin while they wait for one that has no core; large models on idle machines gain from ``--threads``.
 
     Returns:
         The number of threads in force.
+
+    Raises:
+        UserError: fewer than one thread.
     """
     import torch
 
