@@ -1,8 +1,12 @@
-"""Mean, deviation and paired differences over seeds, with Student's t interval in pure Python."""
+"""Mean, deviation and paired differences over seeds, with Student's t interval.
+
+The t distribution is written out: neither Python's ``statistics`` nor torch has it, and a report needs no SciPy.
+"""
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -92,10 +96,7 @@ def summarise(values: Sequence[float]) -> Summary:
     """
     if not values:
         raise ValueError("summarise() needs at least one value")
-    mean = math.fsum(values) / len(values)
-    if len(values) == 1:
-        return Summary(1, mean, None)
-    return Summary(len(values), mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)))
+    return Summary(len(values), statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
 @dataclass(frozen=True)
