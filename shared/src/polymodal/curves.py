@@ -11,10 +11,15 @@ import numpy.typing as npt
 
 from polymodal.run_reader import Point
 
-__all__ = ["PALETTE", "Curve", "average", "to_png"]
+__all__ = ["PALETTE", "Curve", "average", "color", "to_png"]
 
 PALETTE = ("#2563a8", "#d1660f", "#1d8a63", "#b4417f", "#6a4fb3", "#a07a00", "#3a9cc4", "#5a6270")
 """Line colours by group; told apart under the common colour-vision deficiencies, and repeated beyond eight."""
+
+
+def color(index: int) -> str:
+    """Colour of the group with this index."""
+    return PALETTE[index % len(PALETTE)]
 
 
 @dataclass(frozen=True)
@@ -83,13 +88,13 @@ def to_png(title: str, curves: Sequence[Curve], x_label: str = "step", dpi: int 
     figure = Figure(figsize=(6.0, 3.8), dpi=dpi, layout="constrained")
     axes = figure.add_subplot()
     for index, curve in enumerate(curves):
-        color = PALETTE[index % len(PALETTE)]
         style = "-" if index < len(PALETTE) else "--"
         marker = "o" if len(curve.steps) < 3 else None
         label = f"{curve.group} (n={curve.runs})"
-        axes.plot(curve.steps, curve.mean, color=color, linestyle=style, marker=marker, linewidth=1.8, label=label)
+        axes.plot(curve.steps, curve.mean, style, color=color(index), marker=marker, linewidth=1.8, label=label)
         if curve.runs > 1:
-            axes.fill_between(curve.steps, curve.mean - curve.sd, curve.mean + curve.sd, color=color, alpha=0.18, lw=0)
+            low, high = curve.mean - curve.sd, curve.mean + curve.sd
+            axes.fill_between(curve.steps, low, high, color=color(index), alpha=0.18, lw=0)
     axes.set_title(title, loc="left", fontsize=11)
     axes.set_xlabel(x_label)
     axes.grid(alpha=0.25)

@@ -12,7 +12,15 @@ from typing import Any, BinaryIO
 
 from polymodal.errors import UserError
 
-__all__ = ["append_text", "atomic_write", "check_writable", "remove_unfinished", "write_json", "write_text"]
+__all__ = [
+    "append_text",
+    "atomic_write",
+    "check_writable",
+    "remove_unfinished",
+    "write_bytes",
+    "write_json",
+    "write_text",
+]
 
 
 def atomic_write(path: Path, writer: Callable[[BinaryIO], Any]) -> None:
@@ -40,9 +48,14 @@ def atomic_write(path: Path, writer: Callable[[BinaryIO], Any]) -> None:
         raise _explain(path, cause) from error
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """``atomic_write`` of a whole content."""
+    atomic_write(path, lambda handle: handle.write(content))
+
+
 def write_text(path: Path, text: str) -> None:
     """``atomic_write`` of a UTF-8 text."""
-    atomic_write(path, lambda handle: handle.write(text.encode("utf-8")))
+    write_bytes(path, text.encode("utf-8"))
 
 
 def append_text(path: Path, text: str) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 import yaml
 
 from polymodal.dashboards import Layout, layout_for, sections_of
-from polymodal.errors import UserError
-from polymodal.files import atomic_write, check_writable, write_text
-from polymodal.run_reader import RunRecord, find_runs, flatten
+from polymodal.errors import UserError, did_you_mean
+from polymodal.files import check_writable, write_bytes, write_text
+from polymodal.run_reader import Point, RunRecord, find_runs, flatten
 from polymodal.tables import FORMATS, Measured, Table, build_table
 
 __all__ = ["ReportOptions", "TaskReport", "collect", "render", "write_report"]
@@ -63,6 +63,22 @@ class TaskReport:
     groups: dict[str, list[RunRecord]]
     records: list[RunRecord]
     layout: Layout
+
+    def curves(self, metric: str) -> dict[str, list[list[Point]]]:
+        """Group -> the curve of each of its runs; empty for a run without this metric."""
+        return {group: [r.curves.get(metric, []) for r in members] for group, members in self.groups.items()}
+
+    def curve_sections(self) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
+        """Section titles with (panel title, metric, x label) of every metric with a curve of two points or more."""
+        names = {
+            name
+            for members in self.groups.values()
+            for record in members
+            for name, points in record.curves.items()
+            if len(points) > 1
+        }
+        for title, panels in sections_of(self.layout, names):
+            yield title, [(p.title, p.metrics[0], p.x) for p in panels]
 
 
 def collect(options: ReportOptions) -> list[TaskReport]:
@@ -177,8 +193,7 @@ def _choose_metrics(
         for pattern in wanted:
             found = [m for m in ranked if fnmatch.fnmatchcase(m, pattern)]
             if not found:
-                close = difflib.get_close_matches(pattern, known, n=3)
-                hint = f"did you mean {' or '.join(close)}? " if close else ""
+                hint = did_you_mean(pattern, known, 3)
                 raise UserError(f"--metric {pattern}: no run has it; {hint}known: {', '.join(ranked[:20]) or 'none'}")
             chosen.update(dict.fromkeys(found))
         return tuple(chosen)
@@ -191,26 +206,12 @@ def _choose_metrics(
     return tuple(found[:MAX_COLUMNS])
 
 
-def curve_sections(report: TaskReport) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
-    """Section titles with (panel title, metric, x label) of every metric that has a curve of two points or more."""
-    names = {
-        name
-        for members in report.groups.values()
-        for record in members
-        for name, points in record.curves.items()
-        if len(points) > 1
-    }
-    for title, panels in sections_of(report.layout, names):
-        yield title, [(p.title, p.metrics[0], p.x) for p in panels]
-
-
 def render(reports: Sequence[TaskReport], form: str, options: ReportOptions) -> str:
     """The report as text of one format: ``md``, ``csv``, ``tex`` or ``html``."""
     if form == "html":
         from polymodal.report_html import page
 
-        html: str = page(reports, options)
-        return html
+        return page(reports, options)
     return FORMATS[form]([r.table for r in reports])
 
 
@@ -235,21 +236,15 @@ def write_report(
     return files
 
 
-def _write_bytes(path: Path, content: bytes) -> None:
-    """``atomic_write`` of a file's content."""
-    atomic_write(path, lambda handle: handle.write(content))
-
-
 def _write_curves(reports: Sequence[TaskReport], folder: Path) -> list[Path]:
     from polymodal.curves import average, to_png
 
     check_writable(folder)
     files = []
     for report in reports:
-        for _, panels in curve_sections(report):
+        for _, panels in report.curve_sections():
             for _, metric, x in panels:
-                curves = average({g: [r.curves.get(metric, []) for r in m] for g, m in report.groups.items()})
                 prefix = f"{report.task}-{report.job}-" if len(reports) > 1 else ""
                 files.append(folder / f"{prefix}{metric.replace('/', '-')}.png")
-                _write_bytes(files[-1], to_png(metric, curves, x))
+                write_bytes(files[-1], to_png(metric, average(report.curves(metric)), x))
     return files

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from polymodal import report_svg as svg
 from polymodal.compare import config_differences
-from polymodal.curves import average
+from polymodal.curves import average, color
 from polymodal.run_reader import RunRecord, Sheet
 from polymodal.tables import Row, Table, format_difference, format_summary
 
@@ -53,7 +53,7 @@ def page(reports: Sequence[TaskReport], options: ReportOptions) -> str:
 
 
 def _task(report: TaskReport, heading: bool) -> str:
-    colors = {row.group: svg.color(i) for i, row in enumerate(report.table.rows)}
+    colors = {row.group: color(i) for i, row in enumerate(report.table.rows)}
     parts = [f"<h2>{escape(report.table.title)}</h2>"] if heading else []
     parts += [_notes(report.table), _scores(report.table, colors)]
     parts += [_seeds(report.table, colors), _differences(report.table, colors)]
@@ -148,19 +148,16 @@ def _legend(table: Table, colors: dict[str, str]) -> str:
 
 
 def _curves(report: TaskReport, colors: dict[str, str]) -> Iterator[str]:
-    from polymodal.report import curve_sections
-
-    for title, panels in curve_sections(report):
+    for title, panels in report.curve_sections():
         cards = []
         for label, metric, x in panels:
-            runs = {g: [r.curves.get(metric, []) for r in members] for g, members in report.groups.items()}
             name = label if label == metric else f"{label} `{metric}`"
-            cards.append(_card(name, svg.lines(average(runs, max_points=160), x, colors)))
+            cards.append(_card(name, svg.lines(average(report.curves(metric), max_points=160), x, colors)))
         yield f"<h3>{escape(title)}</h3><div class=cards>{''.join(cards)}</div>"
 
 
 def _first_runs(report: TaskReport) -> list[tuple[str, RunRecord]]:
-    return [(group, members[0]) for group, members in report.groups.items() if members]
+    return [(group, members[0]) for group, members in report.groups.items()]
 
 
 def _samples(report: TaskReport) -> str:
@@ -196,11 +193,10 @@ def _pictures(report: TaskReport) -> str:
 
 def _config(report: TaskReport) -> str:
     """Configuration keys that differ between the groups."""
-    groups = {group: members for group, members in report.groups.items() if members}
-    rows = config_differences({group: [m.config for m in members] for group, members in groups.items()})
+    rows = config_differences({group: [m.config for m in members] for group, members in report.groups.items()})
     if not rows:
         return ""
-    head = "".join(f"<th>{escape(g)}</th>" for g in groups)
+    head = "".join(f"<th>{escape(g)}</th>" for g in report.groups)
     body = "".join(
         f"<tr><th><code>{escape(key)}</code></th>{''.join(f'<td>{escape(v)}</td>' for v in values)}</tr>"
         for key, values in rows

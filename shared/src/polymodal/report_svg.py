@@ -7,19 +7,14 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from polymodal.curves import PALETTE, Curve
+from polymodal.curves import Curve
 from polymodal.stats import PairedDifference
 
-__all__ = ["differences", "dots", "lines", "ticks"]
+__all__ = ["differences", "dots", "lines", "number", "ticks"]
 
 _WIDTH, _HEIGHT = 420, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 10, 30
 _ROW = 26
-
-
-def color(index: int) -> str:
-    """Colour of the group with this index."""
-    return PALETTE[index % len(PALETTE)]
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
