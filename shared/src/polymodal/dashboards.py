@@ -6,6 +6,7 @@ value: ``module:attribute`` of a tuple of ``Section``); training, performance an
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 from collections.abc import Iterable
@@ -18,6 +19,7 @@ from polymodal.errors import UserError
 __all__ = ["Layout", "Panel", "Section", "apply_layout", "build_workspace", "layout_for", "sections_of"]
 
 LAYOUTS_GROUP = "polymodal.dashboards"
+"""Entry-point group; name: a package's import name, value: ``module:attribute`` of its sections, without torch."""
 
 
 @dataclass(frozen=True)
@@ -106,20 +108,21 @@ def sections_of(layout: Layout, names: Iterable[str]) -> list[tuple[str, list[Pa
     Returns:
         (section title, panels with one metric each); leftover metrics stand in sections called by their prefix.
     """
-    left = dict.fromkeys(sorted(names))
+    left = set(names)
     result: list[tuple[str, list[Panel]]] = []
     for section in layout.sections:
         panels = []
         for panel in section.panels:
             if panel.kind != "line":
                 continue
-            found = [m for m in panel.metrics if left.pop(m, False) is None]
+            found = [m for m in panel.metrics if m in left]
+            left.difference_update(found)
             # One chart a metric: the report shows several groups in each.
             panels += [Panel(panel.title, (m,), panel.x) for m in found]
         if panels:
             result.append((section.title, panels))
     by_prefix: dict[str, list[Panel]] = {}
-    for name in left:
+    for name in sorted(left):
         by_prefix.setdefault(f"More {name.partition('/')[0]}", []).append(Panel(name, (name,)))
     return result + list(by_prefix.items())
 
@@ -180,8 +183,6 @@ def build_workspace(layout: Layout, entity: str, project: str, name: str) -> Any
 
 
 def _wandb_panel(panel: Panel) -> Any:
-    import importlib
-
     # By name: the module has no type information for what it re-exports.
     wr: Any = importlib.import_module("wandb_workspaces.reports.v2")
     grouped: dict[str, Any] = {

@@ -128,9 +128,8 @@ def load_experiment(path: Path, runs: Path | None = None) -> Experiment:
     unknown = sorted(set(tree) - {*required, "base", "against", "results", "runs"})
     missing = [key for key in required if not tree.get(key)]
     if unknown or missing:
-        parts = [f"unknown key {', '.join(unknown)}"] * bool(unknown) + [f"missing {', '.join(missing)}"] * bool(
-            missing
-        )
+        parts = [f"unknown key {', '.join(unknown)}"] if unknown else []
+        parts += [f"missing {', '.join(missing)}"] if missing else []
         raise UserError(f"{path}: {'; '.join(parts)}; keys are {', '.join(required)}, base, against, results, runs")
     _check_forms(path, tree)
     cells = {str(label): dict(options or {}) for label, options in tree["cells"].items()}
@@ -229,9 +228,8 @@ def run_experiment(experiment: Experiment, jobs: int = 1) -> list[dict[str, Any]
         record = _run_cell(experiment, cell, program, stop)
         if record is not None:
             write_json(experiment.file(cell), record)
-            after = time.monotonic() - started
             state = record["status"] if record["error"] is None else f"{record['status']}: {record['error']}"
-            _log.info("%d/%d %s: %s (%.0f s)", index, total, cell.name, state, after)
+            _log.info("%d/%d %s: %s (%.0f s)", index, total, cell.name, state, time.monotonic() - started)
         return record
 
     with ThreadPoolExecutor(max_workers=jobs) as pool:
@@ -276,9 +274,10 @@ def _run_cell(experiment: Experiment, cell: Cell, program: Path, stop: threading
         if code is None:
             return None
         run = _finished_run(folder)
-        if code != 0 or run is None:
-            error = _last_line(output) if code != 0 else "the command left no finished run folder"
-            error = f"exit code {code}: {error}" if code != 0 else error
+        if code != 0:
+            error = f"exit code {code}: {_last_line(output)}"
+        elif run is None:
+            error = "the command left no finished run folder"
     return _record(experiment, cell, run if error is None else None, error)
 
 
@@ -369,8 +368,8 @@ def table_of(experiment: Experiment, against: str | None = None, mix: bool = Fal
         raise UserError(f"no finished cell in {experiment.results}; run `polymodal experiments run` first")
     order = list(experiment.cells)
     measured.sort(key=lambda m: order.index(m.group))
-    notes = [f"not run yet with these settings: {', '.join(missing)}"] * bool(missing)
-    notes += [f"failed: {', '.join(failed)}"] * bool(failed)
+    notes = [f"not run yet with these settings: {', '.join(missing)}"] if missing else []
+    notes += [f"failed: {', '.join(failed)}"] if failed else []
     chosen = against or experiment.against
     table = build_table(
         measured, experiment.metrics, title=experiment.name, by="cell", against=chosen, mix=mix, notes=notes

@@ -285,9 +285,21 @@ def to_csv(tables: Sequence[Table]) -> str:
     """One line a table, group and metric, in full precision, below one header."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ["table", "group", "fidelity", "metric", "n", "mean", "sd", "against", "pairs", "difference", "low", "high"]
-    )
+    header = [
+        "table",
+        "group",
+        "fidelity",
+        "metric",
+        "n",
+        "mean",
+        "sd",
+        "against",
+        "pairs",
+        "difference",
+        "low",
+        "high",
+    ]
+    writer.writerow(header)
     for table in tables:
         for row in table.rows:
             for metric, summary in row.summaries.items():
@@ -295,7 +307,7 @@ def to_csv(tables: Sequence[Table]) -> str:
                 difference = row.differences.get(metric)
                 if difference is not None:
                     cells += [table.against, difference.n, difference.mean, difference.low, difference.high]
-                writer.writerow(["" if c is None else c for c in cells + [None] * (12 - len(cells))])
+                writer.writerow(cells + [None] * (len(header) - len(cells)))
     return text.getvalue()
 
 
