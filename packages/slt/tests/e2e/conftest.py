@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -41,6 +43,15 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def _cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("POLYMODAL_CACHE", str(tmp_path_factory.getbasetemp() / "slt-cache"))
+
+
+@pytest.fixture(scope="session")
+def layouts() -> ModuleType:
+    """The generators of data sets in the official layouts, ``_layouts.py``."""
+    spec = importlib.util.spec_from_file_location("slt_e2e_layouts", Path(__file__).with_name("_layouts.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from polymodal.callbacks import load_checkpoint
 from slt import train
-
-spec = importlib.util.spec_from_file_location("slt_bad_input_layouts", Path(__file__).parent / "_layouts.py")
-layouts = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(layouts)
 
 SMALL = ["--config", "smoke", "--stage", "2", "--data.sizes", "[6, 3, 3]", "--audit.question_only", "false"]
 QUIET = ["--log.wandb", "off", "--trainer.progress", "none"]
@@ -36,8 +32,11 @@ def slt_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         out = [] if "--out" in arguments else ["--out", tmp_path / "runs"]
         monkeypatch.setattr(sys, "argv", ["slt-train", *map(str, [*arguments, *QUIET, *out])])
         code = train.main()
-        lines = capsys.readouterr().err.splitlines()
-        return code, [line for line in lines if line.startswith(("slt-train: error: ", "slt-train: failed: "))]
+        lines = capsys.readouterr().err.strip().splitlines()
+        errors = [line for line in lines if line.startswith(("slt-train: error: ", "slt-train: failed: "))]
+        assert lines[-1:] == errors[-1:] or not errors
+        assert not any("Traceback" in line for line in lines)
+        return code, errors
 
     yield call
     torch.set_num_threads(threads)
@@ -68,6 +67,12 @@ def only_line(result: tuple[int, list[str]]) -> str:
         (["--model.max_positions", "4"], "5 tokens, the model has 4 positions; shorten the sentence or raise"),
         (["--model.max_positions", "8"], "question and signs of one sample: 17 tokens, but the model has 8 positions"),
         (["--stage", "3"], "stage"),
+        (["--fusion", "ssav"], "did you mean ssaw"),
+        (["--data", "phenix"], "phoenix2014t"),
+        (["--loader.batch_size", "zero"], "batch_size"),
+        (["--out", "/proc/nowhere"], "--out"),
+        (["--model.fusion_options.mood", "gate"], "mood"),
+        (["--model.heads", "5"], "heads"),
         (["--tokenizer.kind", "pretrained"], "needs --tokenizer.path DIR"),
         (["--tokenizer.path", "/nowhere"], "/nowhere; give the folder of an mBART"),
         (["--model.pretrained_text", "/nowhere"], "/nowhere/config.json does not exist"),
@@ -88,6 +93,21 @@ def test_options(slt_train, options: list[str], words: str) -> None:
     assert words in only_line(slt_train(*SMALL, *options))
 
 
+def test_a_preset_that_does_not_exist(slt_train) -> None:
+    line = only_line(slt_train(*SMALL, "--config", "nothing"))
+    assert "presets:" in line
+    assert "synthetic" in line
+
+
+def test_a_checkpoint_of_another_vocabulary(slt_train, tmp_path: Path) -> None:
+    options = ["--config", "smoke", "--data.sizes", "[8, 3, 3]"]
+    assert slt_train(*options, "--stage", "1")[0] == 0
+    (stage1,) = (tmp_path / "runs" / "slt").glob("*/")
+    options += ["--stage", "2", "--stage1_checkpoint", stage1, "--audit.enabled", "false"]
+    assert slt_train(*options)[0] == 0
+    assert "vocabulary" in only_line(slt_train(*options, "--tokenizer.kind", "char"))
+
+
 def test_a_configuration_file_with_mistakes(slt_train, tmp_path: Path) -> None:
     for text, words in (
         ("model:\n  widht: 3\n", "widht"),
@@ -102,7 +122,7 @@ def test_a_configuration_file_with_mistakes(slt_train, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def phoenix(tmp_path: Path) -> Path:
+def phoenix(tmp_path: Path, layouts: ModuleType) -> Path:
     return layouts.phoenix(tmp_path / "data" / "PHOENIX-2014-T", size=(32, 40))
 
 
@@ -125,9 +145,62 @@ def test_a_broken_frame_is_named_by_a_worker_too(on_phoenix, phoenix: Path) -> N
         assert "copy or extract it again" in line
 
 
-def test_a_frame_of_another_size(on_phoenix, phoenix: Path) -> None:
+def test_a_frame_of_another_size(on_phoenix, phoenix: Path, layouts: ModuleType) -> None:
     layouts.picture(1, (20, 20)).save(clip(phoenix) / "images0004.png")
     assert "images0004.png is 20x20, the clip's first frame is 32x40" in only_line(on_phoenix())
+
+
+def empty_clip(phoenix: Path) -> None:
+    for file in clip(phoenix).iterdir():
+        file.unlink()
+
+
+def train_annotation(phoenix: Path) -> Path:
+    return phoenix / "annotations" / "manual" / "PHOENIX-2014-T.train.corpus.csv"
+
+
+def drop_sentence(phoenix: Path) -> None:
+    path = train_annotation(phoenix)
+    path.write_text(path.read_text().replace("|Am Montag scheint die Sonne", "| "))
+
+
+def write_in_latin_1(phoenix: Path) -> None:
+    path = train_annotation(phoenix)
+    path.write_bytes(path.read_bytes().replace("Süden".encode(), "Süden".encode("latin-1")))
+
+
+def ask_about_nobody(phoenix: Path) -> None:
+    with (phoenix.parent / "questions" / "train.jsonl").open("a") as handle:
+        handle.write(json.dumps({"video_id": "nobody", "question": "was ?", "sentence": "nichts"}) + "\n")
+
+
+def change_the_answer(phoenix: Path) -> None:
+    path = phoenix.parent / "questions" / "train.jsonl"
+    path.write_text(path.read_text().replace("Heute Nacht regnet es im Norden", "Etwas anderes"))
+
+
+def break_questions(phoenix: Path) -> None:
+    (phoenix.parent / "questions" / "dev.jsonl").write_text("{not json\n")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda phoenix: phoenix.rename(phoenix.with_name("moved")), ["data/PHOENIX-2014-T does not exist"]),
+        (empty_clip, ["tagesschau-2"]),
+        (drop_sentence, ["train.corpus.csv", "line 3"]),
+        (write_in_latin_1, ["corpus.csv"]),
+        (ask_about_nobody, ["train.jsonl", "nobody"]),
+        (change_the_answer, ["train.jsonl:1"]),
+        (break_questions, ["dev.jsonl:1"]),
+    ],
+    ids=["no folder", "no frames", "no sentence", "encoding", "unknown id", "other sentence", "no JSON"],
+)
+def test_bad_data_is_named(on_phoenix, phoenix: Path, spoil: Callable[[Path], None], words: list[str]) -> None:
+    spoil(phoenix)
+    line = only_line(on_phoenix())
+    for word in words:
+        assert word in line
 
 
 def test_a_frame_lost_after_indexing(on_phoenix, phoenix: Path) -> None:
