@@ -104,7 +104,11 @@ def whole(tmp_path_factory) -> Path:
 # ------------------------------------------------------------------ moments
 
 
-def at_loss(number: int) -> Patch:
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def at_loss(number: int, happen: Callable[[], None] = die) -> Patch:
     """In the middle of a training step, counted over both stages."""
 
     def patch() -> None:
@@ -114,7 +118,7 @@ def at_loss(number: int) -> Patch:
             calls[0] += 1
             result = original(self, batch, generator)
             if calls[0] == number:
-                die()
+                happen()
             return result
 
         SLTModule.loss = loss
@@ -221,18 +225,7 @@ def test_a_damaged_checkpoint_of_stage_2_goes_back_to_stage_1(whole: Path, tmp_p
 
 
 def test_ctrl_c_in_stage_2_saves_and_says_how_to_go_on(whole: Path, tmp_path: Path) -> None:
-    def patch() -> None:
-        original, calls = SLTModule.loss, [0]
-
-        def loss(self, batch, generator):
-            calls[0] += 1
-            if calls[0] == 10:
-                os.kill(os.getpid(), signal.SIGINT)
-            return original(self, batch, generator)
-
-        SLTModule.loss = loss
-
-    code, error = slt_train(tmp_path, *OPTIONS, patch=patch)
+    code, error = slt_train(tmp_path, *OPTIONS, patch=at_loss(10, interrupt))
     killed = folder_of(tmp_path)
     assert code == 130
     assert error.strip().splitlines()[-1] == f"slt-train: saved at step 2; continue with --resume {killed}"
