@@ -1,6 +1,7 @@
 """The page is one well-formed file without outside addresses, and shows what the tables say."""
 
 import base64
+import html
 import importlib.util
 import json
 import re
@@ -97,6 +98,16 @@ def test_scores_differences_samples_pictures_and_runs_are_there(page):
     assert "interrupted" in text
     assert "fusion.name" in text  # differs between the groups
     assert page.count("data:image/png;base64,") == 2  # one run of each group
+
+
+def test_the_footer_is_the_command_that_makes_the_page_again(tmp_path):
+    factory.write_run(tmp_path / "a b", method="none", metrics={"test/bleu4": 50.0})
+    asked = ReportOptions(
+        runs=(tmp_path,), metrics=("test/*",), where=("method=no*",), against="none", mix=True, unfinished=True
+    )
+    text = html.unescape(render(collect(asked), "html", asked))
+    options = "--by method --metric 'test/*' --where 'method=no*' --against none --mix --unfinished"
+    assert f"<code>polymodal report {tmp_path} {options}</code>" in text
 
 
 def test_curves_follow_the_layout_and_leave_single_points_out(page):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import datetime as dt
 import importlib.resources
+import math
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from html import escape
 from typing import TYPE_CHECKING
@@ -40,7 +42,7 @@ def page(reports: Sequence[TaskReport], options: ReportOptions) -> str:
     runs = sum(len(members) for r in reports for members in r.groups.values())
     tasks = ", ".join(dict.fromkeys(r.task for r in reports))
     now = dt.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
-    asked = " ".join(["polymodal report", *map(str, options.runs), f"--by {options.by}"])
+    asked = _command_line(options)
     body = "".join(_task(r, heading=len(reports) > 1) for r in reports)
     title = tasks if len(reports) > 1 else reports[0].table.title
     return (
@@ -50,6 +52,16 @@ def page(reports: Sequence[TaskReport], options: ReportOptions) -> str:
         f"<header><h1>{escape(title)}</h1><p>{runs} run{'s' * (runs != 1)} · {escape(now)}</p></header>"
         f"<main>{body}</main><footer><code>{escape(asked)}</code></footer><script>{script}</script></body></html>\n"
     )
+
+
+def _command_line(options: ReportOptions) -> str:
+    """The command that makes this table again."""
+    parts = ["polymodal", "report", *map(str, options.runs), "--by", options.by]
+    parts += ["--metric", *options.metrics] if options.metrics else []
+    parts += ["--where", *options.where] if options.where else []
+    parts += ["--against", options.against] if options.against is not None else []
+    parts += ["--mix"] * options.mix + ["--unfinished"] * options.unfinished
+    return shlex.join(parts)
 
 
 def _task(report: TaskReport, heading: bool) -> str:
@@ -221,7 +233,7 @@ def _run_list(report: TaskReport) -> str:
             f"<td>{escape(record.text('started', '–')[:16].replace('T', ' '))}</td>",
             f"<td class=num>{_duration(wall)}</td>",
             f"<td class=num>{peak:.0f}</td>"
-            if isinstance(peak, int | float) and peak == peak
+            if isinstance(peak, int | float) and math.isfinite(peak)
             else "<td class=num>–</td>",
             f"<td>{escape(record.text('device', '–'))}</td><td><code>{escape(commit)}</code></td>",
         ]
