@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -10,7 +11,7 @@ import shutil
 import sys
 import tempfile
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +20,7 @@ from urllib.parse import unquote, urlparse
 
 from packaging.requirements import InvalidRequirement, Requirement
 
-from polymodal.discovery import import_name, installed_packages
+from polymodal.discovery import Package, import_name, installed_packages
 
 __all__ = ["Finding", "examine", "report_text"]
 
@@ -50,16 +51,18 @@ def examine(runs: Path = Path("runs")) -> list[Finding]:
     Args:
         runs: folder that training commands would write to.
     """
-    checks: list[Callable[[], Iterator[Finding]]] = [
-        _python,
-        _distributions,
-        _modules,
-        _extras,
-        _devices,
-        _account,
-        lambda: _folders(runs),
-    ]
-    return [finding for check in checks for finding in check()]
+    packages = installed_packages()
+    family = ["polymodal", *(p.name for p in packages)]
+    checks = (
+        _python(),
+        _distributions(family),
+        _modules(packages),
+        _extras(family),
+        _devices(),
+        _account(),
+        _folders(runs),
+    )
+    return list(itertools.chain.from_iterable(checks))
 
 
 def report_text(findings: list[Finding]) -> str:
@@ -115,10 +118,6 @@ def _requirements(distribution: str) -> Iterator[Requirement]:
             continue
 
 
-def _family() -> list[str]:
-    return ["polymodal", *(p.name for p in installed_packages())]
-
-
 def _installed(name: str) -> bool:
     try:
         metadata.distribution(name)
@@ -138,10 +137,10 @@ def _state_of(requirement: Requirement) -> str:
     return ""
 
 
-def _distributions() -> Iterator[Finding]:
+def _distributions(family: Sequence[str]) -> Iterator[Finding]:
     """Versions of what each package needs without extras."""
     needed: dict[str, set[str]] = {}
-    for distribution in _family():
+    for distribution in family:
         if not _installed(distribution):
             yield Finding("fail", "packages", f"{distribution} is not installed", "uv sync, or pip install polymodal")
             continue
@@ -159,11 +158,11 @@ def _distributions() -> Iterator[Finding]:
     yield Finding("ok", "libraries", ", ".join(good))
 
 
-def _modules() -> Iterator[Finding]:
+def _modules(packages: Sequence[Package]) -> Iterator[Finding]:
     """Whether the short import names lead to our files: the bare names belong to strangers on the public index."""
-    for package in [("polymodal", "polymodal"), *((p.name, p.module) for p in installed_packages())]:
-        yield check_module(*package)
-    for listed in installed_packages():
+    for names in [("polymodal", "polymodal"), *((p.name, p.module) for p in packages)]:
+        yield check_module(*names)
+    for listed in packages:
         if listed.problem:
             yield Finding("fail", listed.module, listed.problem, f"reinstall {listed.name}")
 
@@ -207,9 +206,9 @@ def _editable_source(distribution: metadata.Distribution) -> Path | None:
     return Path(path).resolve()
 
 
-def _extras() -> Iterator[Finding]:
+def _extras(family: Sequence[str]) -> Iterator[Finding]:
     """What is missing for which extra; an extra is optional, so this never fails."""
-    for distribution in _family():
+    for distribution in family:
         if not _installed(distribution):
             continue
         missing: dict[str, list[str]] = {}
