@@ -466,8 +466,6 @@ def check_registry(
 
 def _row_problem(registry: Registry, row: MethodInfo, base: type[Any]) -> str:
     """What is wrong with a row before anything is created; empty where nothing is."""
-    if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", row.name):
-        return "the name must be lower-case words joined by _"
     if not row.paper.strip() or not row.summary.strip() or "\n" in row.paper + row.summary:
         return "paper and summary must be one line each"
     module, _, attribute = row.target.partition(":")
