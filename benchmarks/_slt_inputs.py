@@ -99,14 +99,13 @@ def frames_of_forecast(count: int) -> Iterator[np.ndarray]:
         yield (frame + rng.normal(0, 2, frame.shape)).clip(0, 255).astype(np.uint8)
 
 
-def write_clip(folder: Path, frames: int) -> int:
-    """A clip of PNG files; returns their bytes."""
+def write_clip(folder: Path, frames: int) -> None:
+    """A clip of PNG files."""
     from PIL import Image
 
     folder.mkdir(parents=True)
     for number, frame in enumerate(frames_of_forecast(frames), start=1):
         Image.fromarray(frame).save(folder / f"images{number:04d}.png")
-    return sum(path.stat().st_size for path in folder.iterdir())
 
 
 @contextmanager

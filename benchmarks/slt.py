@@ -8,7 +8,6 @@ python benchmarks/slt.py --quick          # does it run?
 from __future__ import annotations
 
 import csv
-import os
 import statistics
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from typing import Any
 if __package__ in (None, ""):  # started as a file: its folder would hide the package slt behind this file
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks._bench import Options, Row, Samples, interleave, parse, quartiles, run_sections, speedup, value
+from benchmarks._bench import Options, Row, Samples, interleave, parse, run_sections, speedup, value
 from benchmarks._slt_inputs import (
     PHOENIX_FRAMES,
     mixed_lengths,
@@ -270,9 +269,7 @@ def _waits(options: Options, what: str, data: list[str], train: list[str], size:
 def _command(module: str, arguments: list[str]) -> None:
     """Run a console command as a user would, quietly."""
     code = f"import sys; from {module} import main; sys.exit(main())"
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env={**os.environ}, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{module} {' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
 
@@ -318,7 +315,7 @@ def split(options: Options) -> list[Row]:
             clock.time("optimizer", optimizer.step)
             if epoch > 1:  # the first epoch decodes
                 steps.append(clock.parts())
-    return _shares(steps[5 : options.times(60) + 5] if len(steps) > 5 else steps)
+    return _shares(steps[5 : options.times(60) + 5])
 
 
 class _Clock:
@@ -361,7 +358,7 @@ def _shares(steps: list[dict[str, float]]) -> list[Row]:
     rows = []
     for name in steps[0]:
         shares = [100 * step.get(name, 0.0) / total for step, total in zip(steps, totals, strict=True)]
-        middle = 1000 * quartiles([step.get(name, 0.0) for step in steps])[1]
+        middle = 1000 * statistics.median(step.get(name, 0.0) for step in steps)
         rows.append(value(f"{name} ({middle:.2f} ms)", "% of a step", shares, ms=round(middle, 3)))
     return [*sorted(rows, key=lambda row: -row.ours), value("whole step", "ms", [1000 * total for total in totals])]
 
