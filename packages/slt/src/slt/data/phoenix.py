@@ -55,17 +55,18 @@ class Phoenix2014T(SLTData):
             if (candidate / "annotations" / "manual").is_dir():
                 return candidate
         home = root if root.name == "PHOENIX-2014-T" else root / "PHOENIX-2014-T"
-        require_files(home, [self._csv_name("train")], self.name, self.remedy)
+        require_files(home, [self.annotation("train")], self.name, self.remedy)
         return home  # pragma: no cover - the line above raises unless the folder appeared this instant
 
     @staticmethod
-    def _csv_name(split: str) -> str:
+    def annotation(split: str) -> str:
+        """Path of a split's csv below :meth:`home`."""
         return f"annotations/manual/PHOENIX-2014-T.{split}.corpus.csv"
 
     def read_split(self, split: str) -> list[Item]:
         """Rows of the split's csv, each with its frame folder and frame count."""
         home = self.home()
-        (path,) = require_files(home, [self._csv_name(split)], self.name, self.remedy)
+        (path,) = require_files(home, [self.annotation(split)], self.name, self.remedy)
         rows = self._rows(path)
         folder = require_dir(home / self.features / split, f"{self.name} frames", "unpack the features of the archive")
         counts = indexed(_identity(folder), _state(folder), lambda: _scan(folder))

@@ -25,7 +25,7 @@ from polymodal.paths import cache_dir
 from slt.data.base import Item
 from slt.data.phoenix import Phoenix2014T
 
-__all__ = ["FILLERS", "HOMONYMS", "NEGATION", "TOPICS", "UNAMBIGUOUS", "Synthetic"]
+__all__ = ["FILLERS", "GLYPH", "HOMONYMS", "NEGATION", "TOPICS", "UNAMBIGUOUS", "Synthetic"]
 
 TOPICS: dict[str, tuple[str, str]] = {
     "winter": ("winter", "januar"),
@@ -57,7 +57,8 @@ UNAMBIGUOUS: dict[str, str] = {
 FILLERS = ("wie", "wird", "das", "wetter", "denn", "jetzt")
 NEGATION = "nicht"
 _WORLD_VERSION = 1
-_GLYPH = 5
+GLYPH = 5
+"""Height and width of a glyph, pixels."""
 _log = logging.getLogger(__name__)
 
 
@@ -98,7 +99,7 @@ class Synthetic(Phoenix2014T):
             raise UserError(f"sizes={self.sizes}; expected three numbers of at least 1, e.g. [1500, 300, 300]")
         if self.frame_size < 12:
             raise UserError(
-                f"frame_size={self.frame_size}; expected at least 12: a glyph of {_GLYPH} pixels moves in it"
+                f"frame_size={self.frame_size}; expected at least 12: a glyph of {GLYPH} pixels moves in it"
             )
         if not 0 <= self.noise <= 1:
             raise UserError(f"noise={self.noise}; expected 0..1 in units of the glyph's contrast")

@@ -15,11 +15,12 @@ import numpy as np
 from polymodal.seeding import numpy_rng
 
 from slt.data.base import SPLITS
-from slt.data.synthetic import FILLERS, HOMONYMS, NEGATION, TOPICS, UNAMBIGUOUS
+from slt.data.phoenix import Phoenix2014T
+from slt.data.questions import Question, write_questions
+from slt.data.synthetic import FILLERS, GLYPH, HOMONYMS, NEGATION, TOPICS, UNAMBIGUOUS
 
 __all__ = ["draw_glyphs", "render_sign", "write_world"]
 
-_GLYPH = 5
 _HOMONYM_SHARE = 0.6
 _log = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ def draw_glyphs(seed: int) -> np.ndarray:
     rng = numpy_rng(seed, "glyphs")
     glyphs: list[np.ndarray] = []
     while len(glyphs) < len(HOMONYMS) + len(UNAMBIGUOUS):
-        candidate = (rng.random((_GLYPH, _GLYPH)) < 0.5).astype(np.float64)
+        candidate = (rng.random((GLYPH, GLYPH)) < 0.5).astype(np.float64)
         if all(np.abs(candidate - other).sum() >= 6 for other in glyphs):
             glyphs.append(candidate)
     return np.stack(glyphs)
@@ -45,7 +46,7 @@ def render_sign(glyph: np.ndarray, motion: int, frames: int, size: int, rng: np.
     Returns:
         ``(frames, size, size)`` float, 0 or 1.
     """
-    room = size - _GLYPH
+    room = size - GLYPH
     reach = room * 0.3
     phase = rng.uniform(0, 2 * np.pi) + np.linspace(0, 2 * np.pi, frames, endpoint=False)
     centre = rng.uniform(reach, room - reach, size=2)
@@ -53,7 +54,7 @@ def render_sign(glyph: np.ndarray, motion: int, frames: int, size: int, rng: np.
     top = centre[1] + reach * np.sin(phase) * (motion != 0)
     clip = np.zeros((frames, size, size))
     for frame, (x, y) in enumerate(zip(np.rint(left).astype(int), np.rint(top).astype(int), strict=True)):
-        clip[frame, y : y + _GLYPH, x : x + _GLYPH] = glyph
+        clip[frame, y : y + GLYPH, x : x + GLYPH] = glyph
     return clip
 
 
@@ -83,7 +84,7 @@ def _draw_question(rng: np.random.Generator, topic: str, distractors: int) -> st
 
 
 def _png(pixels: np.ndarray) -> bytes:
-    """Grey 8-bit PNG; a third of the time of a general encoder on pictures this small."""
+    """Grey 8-bit PNG, written out here: frames this small need nothing of a general encoder."""
     height, width = pixels.shape
     rows = np.zeros((height, width + 1), dtype=np.uint8)  # each row starts with filter type 0
     rows[:, 1:] = pixels
@@ -108,7 +109,7 @@ def _write_clip(folder: Path, signs: list[str], glyphs: np.ndarray, options: dic
     pixels = np.rint(255 * np.clip(0.15 + 0.7 * clip, 0, 1)).astype(np.uint8)
     folder.mkdir()
     for number, frame in enumerate(pixels, start=1):
-        path = os.path.join(folder, f"images{number:04d}.png")  # noqa: PTH118 (Path objects cost more than the write)
+        path = os.path.join(folder, f"images{number:04d}.png")  # noqa: PTH118 (as text: there are many of them)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o644)
         os.write(descriptor, _png(frame))
         os.close(descriptor)
@@ -127,12 +128,10 @@ def write_world(folder: Path, options: dict[str, Any]) -> None:
     """
     glyphs = draw_glyphs(options["seed"])
     truth: dict[str, Any] = {"options": options, "topics": {}, "signs": {}}
-    annotations = folder / "PHOENIX-2014-T" / "annotations" / "manual"
-    annotations.mkdir(parents=True)
-    (folder / "questions").mkdir()
+    home = folder / "PHOENIX-2014-T"
     done, total, told = 0, sum(options["sizes"]), time.monotonic()
     for split, size in zip(SPLITS, options["sizes"], strict=True):
-        frames = folder / "PHOENIX-2014-T" / "features" / "fullFrame-210x260px" / split
+        frames = home / Phoenix2014T.features / split
         frames.mkdir(parents=True)
         rows = ["name|video|start|end|speaker|orth|translation"]
         questions = []
@@ -145,16 +144,14 @@ def write_world(folder: Path, options: dict[str, Any]) -> None:
             question = _draw_question(rng, topic, options["distractors"])
             _write_clip(frames / name, signs, glyphs, options, name)
             rows.append(f"{name}|{name}/*.png|-1|-1|Glyph|{' '.join(signs)}|{sentence}")
-            row = {"video_id": name, "question": question, "sentence": sentence, "source": "template", "topic": topic}
-            questions.append(json.dumps(row, ensure_ascii=False))
+            questions.append(Question(name, question, sentence, source="template", topic=topic))
             truth["topics"][name], truth["signs"][name] = topic, " ".join(signs)
             done += 1
             if time.monotonic() - told > 5:
                 told = time.monotonic()
                 _log.info("synthetic world: %d of %d clips", done, total)
-        csv = annotations / f"PHOENIX-2014-T.{split}.corpus.csv"
+        csv = home / Phoenix2014T.annotation(split)
+        csv.parent.mkdir(parents=True, exist_ok=True)
         csv.write_text("\n".join(rows) + "\n", encoding="utf-8", newline="\n")
-        (folder / "questions" / f"{split}.jsonl").write_text(
-            "\n".join(questions) + "\n", encoding="utf-8", newline="\n"
-        )
+        write_questions(folder / "questions" / f"{split}.jsonl", questions)
     (folder / "truth.json").write_text(json.dumps(truth, ensure_ascii=False), encoding="utf-8")
