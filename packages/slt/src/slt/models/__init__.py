@@ -1,5 +1,1 @@
-"""Networks: visual encoder, mBART parts, the translation model."""
-
-from slt.models.translator import SLTModel
-
-__all__ = ["SLTModel"]
+"""Networks: visual encoder, mBART parts, the translation model (``slt.models.translator.SLTModel``)."""
