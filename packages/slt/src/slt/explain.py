@@ -26,6 +26,7 @@ __all__ = ["Explanation", "explain", "token_edges", "token_spans", "unit_spans"]
 WINDOW = 1
 """Visual tokens blanked on each side of the one in question."""
 _STRIDE, _FIELD = 4, 16
+"""Frames from one visual token to the next, and frames that one of them sees."""
 _WEIGHT_NAMES = {"ssaw": "gate", "gbt": "share of the question"}
 _WORD_MARK = "\u2581"
 """How sentencepiece writes the blank before a word."""
