@@ -1,6 +1,6 @@
 """The audited report: a model's scores next to what can be had without the video.
 
-On the public question files, returning the question itself as the translation scores higher than video-only models do.
+A question may give its answer away: returned as the translation, it then scores although nobody looked at the signing.
 A score of question-based translation therefore says nothing about signing unless these rows stand next to it.
 
 Source: SSL-SSAW (arXiv 2509.14036), our reading, section 4.3.

@@ -78,7 +78,7 @@ def load_frames(folder: Path | str, indices: Sequence[int], names: Sequence[str]
     for row, index in enumerate(indices):
         if not 0 <= index < len(names):
             raise UserError(f"clip {folder} has {len(names)} frames, number {index} was asked for; copy the clip again")
-        image = load_image(os.path.join(folder, names[index]))  # noqa: PTH118 (70,000 Path objects cost a second)
+        image = load_image(os.path.join(folder, names[index]))  # noqa: PTH118 (as text: once a frame and epoch)
         if out is None:
             out = np.empty((len(indices), *image.shape), dtype=np.uint8)
         elif image.shape != out.shape[1:]:

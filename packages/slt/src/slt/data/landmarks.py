@@ -6,7 +6,7 @@ A canonical frame is ``(77, 4)``: x, y, 0, valid for 7 points of the body, 21 of
   carry the handshape. Of 478 face points, 28 keep lips (mouthing), brows, eyes (grammar) and the outline.
 - Normalisation: the middle of the shoulders is the origin and the shoulder width the unit, both the median over the
   clip, so that moving shoulders stay visible. z is 0 throughout: one camera hardly knows it, and its unit differs from
-  file to file (in the fingerspelling lexicon it is 1e-4 of x).
+  file to file.
 - A landmark is valid where the detector's confidence is positive. Everything else is zero and masked, so a hand that
   is not seen in a frame says nothing.
 """

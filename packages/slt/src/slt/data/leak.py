@@ -1,8 +1,8 @@
 """How much of the answer a question gives away.
 
-A question that repeats the sentence turns translation into copying: on the predecessor's files the question itself,
-handed in as the translation, scores more BLEU-4 than video-only systems. The validator rejects a question that shares
-more than 30 % of the sentence's content tokens; the report counts overlaps and copies per split.
+A question that repeats the sentence turns translation into copying: the question itself, handed in as the translation,
+then scores without any look at the video. The validator rejects a question that shares more than 30 % of the sentence's
+content tokens; the report counts overlaps and copies per split.
 
 Decision on units: words for languages written with blanks, single characters for Chinese. Characters need no
 segmenter, whose choice would change the verdict, and they err on the strict side (two words can share a character).

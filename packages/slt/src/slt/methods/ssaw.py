@@ -30,8 +30,7 @@ class SSAWConfig:
         gate_std: standard deviation of the gate's initial weights, zero-mean.
         type_std: standard deviation of the initial type vectors.
         residual_std: standard deviation of ``out_proj``'s initial weights in attention mode, so that training starts
-            close to plain concatenation; with Xavier weights the mean of all tokens drowns each of them at first, and
-            two of three seeds of the synthetic world did not get over it.
+            close to plain concatenation; with Xavier weights the mean of all tokens drowns each of them at first.
     """
 
     mode: str = "gate"
