@@ -33,7 +33,7 @@ def test_round_trip(cache):
     assert "c" not in read
     for key, array in ARRAYS.items():
         assert read[key].dtype == array.dtype
-        assert read.shape(key) == array.shape
+        assert read[key].shape == array.shape
         np.testing.assert_array_equal(read[key], array)
     assert pickle.loads(pickle.dumps(read))["a"][1, 2, 3] == 23
     with pytest.raises(ValueError, match="read-only"):

@@ -159,22 +159,15 @@ class ArrayCache:
     def __iter__(self) -> Iterator[str]:
         return iter(self._arrays)
 
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of one array without touching the data."""
-        return tuple(self._entry(key)[2])
-
-    def _entry(self, key: str) -> tuple[int, str, list[int]]:
-        if key not in self._arrays:
-            raise UserError(f"array cache {self.folder} has no {key!r} ({len(self)} keys); build it for this data")
-        return self._arrays[key]
-
     def __getitem__(self, key: str) -> np.ndarray:
         """One array, read-only.
 
         Raises:
             UserError: no such key.
         """
-        offset, dtype, shape = self._entry(key)
+        if key not in self._arrays:
+            raise UserError(f"array cache {self.folder} has no {key!r} ({len(self)} keys); build it for this data")
+        offset, dtype, shape = self._arrays[key]
         if self._map is None:
             path = self.folder / "data.bin"
             self._map = np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
