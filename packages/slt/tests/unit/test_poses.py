@@ -385,4 +385,3 @@ def test_builder_files(tmp_path, lexicon):
     (lexicon / "data.csv").write_text("a,b\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"data\.csv:1: expected the columns"):
         build_fingerspelling(lexicon, tmp_path / "out", languages=LANGUAGES)
-    assert poses.build_fingerspelling is build_fingerspelling

@@ -6,7 +6,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from polymodal.errors import UserError
@@ -15,10 +15,7 @@ from slt.data.base import Item
 from slt.data.landmarks import BODY, COUNT, FACE, HAND, SECTIONS, local_hands, normalise_pose
 from slt.data.manifest import Manifest
 
-if TYPE_CHECKING:
-    from slt.data.fingerspelling import build_fingerspelling
-
-__all__ = ["Poses", "build_fingerspelling", "read_pose"]
+__all__ = ["Poses", "read_pose"]
 
 _COMPONENTS = (
     ("POSE_LANDMARKS", BODY, "body"),
@@ -27,14 +24,6 @@ _COMPONENTS = (
     ("FACE_LANDMARKS", FACE, "face"),
 )
 _SUFFIXES = (".pose", ".npy")
-
-
-def __getattr__(name: str) -> Any:
-    if name == "build_fingerspelling":
-        from slt.data import fingerspelling
-
-        return fingerspelling.build_fingerspelling
-    raise AttributeError(name)
 
 
 @dataclass
