@@ -36,6 +36,7 @@ from polymodal.files import check_writable, write_json, write_text
 from polymodal.seeding import derive
 
 from slt.data import jsonl, manifest
+from slt.data.base import SPLITS
 from slt.data.landmarks import mirror, missing_hand
 from slt.data.poses import read_pose
 
@@ -132,7 +133,7 @@ def build_fingerspelling(
         out / manifest.DATASET_FILE,
         {
             "schema": manifest.DATASET_SCHEMA,
-            "schema_version": 1,
+            "schema_version": manifest.DATASET_VERSION,
             "language": "en_XX",
             "level": "char",
             "split": split,
@@ -147,7 +148,7 @@ def build_fingerspelling(
 def _languages_by_split(split: str, languages: Sequence[str], folds: int, fold: int) -> dict[str, list[str]]:
     codes = sorted(set(languages))
     if split == "words":
-        return {name: codes for name in ("train", "dev", "test")}
+        return dict.fromkeys(SPLITS, codes)
     if split != "recordings":
         raise UserError(f"split={split!r}; expected recordings (languages held out) or words (words held out)")
     if not 3 <= folds <= len(codes):

@@ -20,6 +20,7 @@ from pathlib import Path
 from polymodal.data import read_text_lines
 from polymodal.errors import UserError
 
+from slt.data.base import SPLITS, collapse
 from slt.data.questions import Question
 
 __all__ = ["convert", "parse_csl_line", "parse_phoenix_line"]
@@ -70,9 +71,9 @@ def parse_phoenix_line(line: str) -> Question:
     head, blank, text = line.partition(" ")
     split, slash, video = head.partition("/")
     parts = text.split("%")
-    if not blank or not slash or not video or split not in ("train", "dev", "test") or len(parts) != 3:
+    if not blank or not slash or not video or split not in SPLITS or len(parts) != 3:
         raise ValueError(f"expected `<split>/<video> <sentence>%<question>%<GLOSS>`, got {line[:60]!r}")
-    return Question(video, " ".join(parts[1].split()), " ".join(parts[0].split()), lang="de", source="gbt")
+    return Question(video, collapse(parts[1]), collapse(parts[0]), lang="de", source="gbt")
 
 
 def parse_csl_line(line: str) -> Question:

@@ -106,9 +106,10 @@ def mirror(points: np.ndarray) -> np.ndarray:
     order = np.arange(COUNT)
     body = [BODY.index(n.replace("LEFT", "*").replace("RIGHT", "LEFT").replace("*", "RIGHT")) for n in BODY]
     order[SECTIONS["body"]] = body
-    order[SECTIONS["left"]], order[SECTIONS["right"]] = np.arange(28, 49), np.arange(7, 28)
+    left, right, face = SECTIONS["left"], SECTIONS["right"], SECTIONS["face"]
+    order[left], order[right] = order[right].copy(), order[left].copy()
     swap = {**_FACE_SWAP, **{b: a for a, b in _FACE_SWAP.items()}}
-    order[SECTIONS["face"]] = [49 + FACE.index(str(swap.get(int(n), int(n)))) for n in FACE]
+    order[face] = [face.start + FACE.index(str(swap.get(int(n), int(n)))) for n in FACE]
     out = points[:, order].copy()
     out[..., 0] *= -1
     return out

@@ -18,10 +18,11 @@ from slt.data.video import VIDEO_SUFFIXES, is_video
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["DATASET_FILE", "DATASET_SCHEMA", "SCHEMA", "SCHEMA_VERSION", "Manifest"]
+__all__ = ["DATASET_FILE", "DATASET_SCHEMA", "DATASET_VERSION", "SCHEMA", "SCHEMA_VERSION", "Manifest"]
 
 DATASET_FILE = "dataset.json"
 DATASET_SCHEMA = "slt.dataset"
+DATASET_VERSION = 1
 SCHEMA = "slt.manifest"
 SCHEMA_VERSION = 1
 MIGRATIONS: dict[int, Migration] = {}
@@ -144,7 +145,10 @@ def _dataset_file(root: Path | None) -> dict[str, Any]:
         schema, version = stated["schema"], stated["schema_version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a dataset file ({error!r}); correct or remove it") from error
-    if schema != DATASET_SCHEMA or version != 1:
-        raise UserError(f"{path}: {schema!r} version {version} cannot be read, known is {DATASET_SCHEMA!r} version 1")
+    if schema != DATASET_SCHEMA or version != DATASET_VERSION:
+        raise UserError(
+            f"{path}: {schema!r} version {version} cannot be read, known is {DATASET_SCHEMA!r} version "
+            f"{DATASET_VERSION}; correct the file or update polymodal-slt"
+        )
     result: dict[str, Any] = stated
     return result
