@@ -15,6 +15,7 @@ from polymodal.errors import UserError
 
 from slt.data import READERS
 from slt.data.base import SPLITS, SLTData
+from slt.data.leak import THRESHOLD
 from slt.data.synthetic import Synthetic
 from slt.progress import progress_line
 
@@ -43,7 +44,7 @@ class ValidateConfig(DataConfig):
 
     frames: Literal["none", "sample", "all"] = "sample"
     """decode no clip, the ends of 20 clips a split, or every frame of every clip"""
-    threshold: float = 0.3
+    threshold: float = THRESHOLD
     """largest share of a sentence's content tokens that its question may repeat, 0..1"""
     allow_leaks: bool = False
     """report leaking questions instead of failing"""
@@ -232,6 +233,8 @@ def cache(config: CacheConfig) -> None:
     from slt.data.cache import build_feature_cache, build_frame_cache
 
     data = config.data
+    if config.what == "features" and config.weights is None:
+        raise UserError("--what features needs --weights FILE, trained weights of torchvision's resnet18")
     out = config.out or cache_dir("slt", config.what, f"{data.name}-{data.fingerprint()[:12]}")
     start, progress = time.monotonic(), progress_line("clips cached")
     if config.what == "frames":
@@ -242,12 +245,9 @@ def cache(config: CacheConfig) -> None:
         from slt.config import ModelConfig
         from slt.models.visual import build_backbone
 
-        weights = str(config.weights) if config.weights is not None else None
-        if weights is None:
-            raise UserError("--what features needs --weights FILE, trained weights of torchvision's resnet18")
         total = build_feature_cache(
             data,
-            build_backbone(ModelConfig(backbone="resnet18", backbone_weights=weights)),
+            build_backbone(ModelConfig(backbone="resnet18", backbone_weights=str(config.weights))),
             out,
             frame_size=config.frame_size,
             resize=config.resize,
