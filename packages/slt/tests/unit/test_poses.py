@@ -8,7 +8,7 @@ import types
 import numpy as np
 import pytest
 from polymodal.errors import UserError
-from slt.data import fingerspelling, landmarks, poses
+from slt.data import fingerspelling, landmarks
 from slt.data.fingerspelling import CATEGORIES, ONE_HANDED, QUESTIONS, build_fingerspelling
 from slt.data.landmarks import BODY, COUNT, FACE, HAND, SECTIONS, local_hands, mirror, normalise_pose
 from slt.data.leak import overlap
