@@ -256,7 +256,7 @@ def _finish(
     notes: Sequence[str],
 ) -> None:
     """Audit, metrics and signatures into the run folder, the report onto the terminal."""
-    from slt.probes import record_audit
+    from slt.probes import audit_metrics, record_audit
     from slt.train import show
 
     prefix = PREFIX[config.split]
@@ -265,8 +265,7 @@ def _finish(
     )
     run.note(metric_signatures={f"{prefix}/{key}": text for key, text in report.signatures.items()})
     metrics = {f"{prefix}/{key}": value for key, value in report.row(model).scores.items()}
-    metrics |= {f"{prefix}/{row.name}/bleu4": row.scores["bleu4"] for row in report.rows if row.name != model}
-    metrics[f"{prefix}/overlap"] = report.overlap.rate
+    metrics |= audit_metrics(report, prefix)
     run.log(metrics, 0)
     run.finish(metrics)
     where = config.reference or f"{run.manifest['data']['name']} {config.split}"

@@ -6,7 +6,6 @@ import dataclasses
 import logging
 from typing import TYPE_CHECKING, Any, Protocol
 
-import lightning as L
 from polymodal.files import write_json, write_text
 from polymodal.seeding import numpy_rng
 
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TextOptions",
+    "audit_metrics",
     "audit_run",
     "question_only_predictions",
     "question_variants",
@@ -135,6 +135,7 @@ def question_only_predictions(config: SLTConfig, run: Run, tokenizer: Tokenizer)
 
     Frames are neither decoded nor encoded. No checkpoint is kept: a run killed here trains the probe again.
     """
+    import lightning as L
     from polymodal.trainer import quiet_lightning, trainer_arguments
 
     from slt.data.datamodule import SLTDataModule
@@ -182,6 +183,12 @@ def audit_run(config: SLTConfig, run: Run, module: SLTModule, data: SLTDataModul
             )
     train, samples = config.data.items("train"), config.audit.samples
     return record_audit(run, config.data, items, found, train, model=fusion, samples=samples)
+
+
+def audit_metrics(report: AuditReport, split: str) -> dict[str, float]:
+    """The rows beside the audited one as metrics of a run: ``<split>/<row>/bleu4`` and ``<split>/overlap``."""
+    others = {f"{split}/{row.name}/bleu4": row.scores["bleu4"] for row in report.rows if row.name != report.model}
+    return {**others, f"{split}/overlap": report.overlap.rate}
 
 
 def record_audit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from slt.tokenizer import Tokenizer
 
 __all__ = ["build_module", "main", "make_tokenizer", "train"]
+
+log = logging.getLogger(__name__)
 
 EXAMPLE = """
 slt-train                                    # synthetic world, about two minutes
@@ -186,11 +189,10 @@ def run_stages(
     metrics = fit_and_test(module, data, config.trainer, run, monitor="val/bleu4", stage=2, step_offset=offset)
     report = None
     if config.audit.enabled and run.is_writer:
-        from slt.probes import audit_run
+        from slt.probes import audit_metrics, audit_run
 
         report = audit_run(config, run, module, data, tokenizer)
-        metrics |= {f"test/{row.name}/bleu4": row.scores["bleu4"] for row in report.rows if row.name != report.model}
-        metrics |= {"test/overlap": report.overlap.rate}
+        metrics |= audit_metrics(report, "test")
     return metrics, report
 
 
@@ -226,7 +228,7 @@ def align(config: SLTConfig, run: Run, module: SLTModule, tokenizer: Tokenizer, 
         stage1 = build_module(config, tokenizer, stage=1)
         fit(stage1, data, stage1_trainer(config), run, monitor="val/loss", mode="min", stage=1)
         load_best(stage1, run, stage=1)
-        transfer_stage1(module.model, stage1.model.state_dict())
+        log.info("%s", transfer_stage1(module.model, stage1.model.state_dict()))
     return steps if config.trainer.max_steps < 0 else min(steps, config.trainer.max_steps)
 
 
@@ -265,7 +267,7 @@ def cached_reader(config: SLTConfig) -> SLTData:
     if loader.frame_cache is not None:
         reader = with_frame_cache(reader, loader.frame_cache, loader.resize or loader.frame_size)
     if loader.feature_cache is not None:
-        from slt.models.visual import build_backbone
+        from slt.models.backbones import build_backbone
 
         frozen = build_backbone(dataclasses.replace(config.model, backbone="resnet18"))
         reader = with_feature_cache(
@@ -301,7 +303,7 @@ def load_stage1(module: SLTModule, path: Path) -> None:
     if checkpoint.get("slt", {}).get("stage") != 1:
         raise UserError(f"{file} is no checkpoint of stage 1; give a run of slt-train --stage 1 or both, or its file")
     check_vocabulary(checkpoint, module.tokenizer, str(file))
-    transfer_stage1(module.model, checkpoint["state_dict"])
+    log.info("%s", transfer_stage1(module.model, checkpoint["state_dict"]))
 
 
 def show(run: Run, metrics: dict[str, float], report: AuditReport | None, split: str = "test") -> None:
