@@ -44,7 +44,7 @@ def packed(options: Options) -> list[Row]:
 def _packed(options: Options, backbone: Any, pixels: int, lengths: list[int], runs: int) -> list[Row]:
     import torch
     from slt.config import ModelConfig
-    from slt.models.visual import build_backbone
+    from slt.models.backbones import build_backbone
 
     torch.manual_seed(0)
     cnn = build_backbone(ModelConfig(backbone=backbone, width=64, heads=4, text_heads=4)).to(options.device)
@@ -182,7 +182,7 @@ def _phoenix_rates(options: Options) -> list[Row]:
     from slt.data.cache import build_frame_cache, with_frame_cache
     from slt.data.phoenix import Phoenix2014T
     from slt.data.transforms import ClipTransform
-    from slt.models.visual import build_backbone
+    from slt.models.backbones import build_backbone
     from torchvision.transforms.v2 import functional as F
 
     frames, passed = (3, 2) if options.quick else (PHOENIX_FRAMES, 16)

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from polymodal.errors import UserError
+from polymodal.errors import UserError, did_you_mean
 
 __all__ = ["Interrupted", "command", "parse_config", "preset_names", "run_guarded", "subcommands"]
 
@@ -263,11 +263,7 @@ def _class_path(value: str, key: str, table: Mapping[str, str]) -> str:
         return table[value]
     if "." in value:
         return value
-    import difflib
-
-    close = difflib.get_close_matches(value, table, n=2)
-    hint = f"did you mean {' or '.join(close)}? " if close else ""
-    raise UserError(f"--{key} {value}: unknown name; {hint}known: {', '.join(table)}")
+    raise UserError(f"--{key} {value}: unknown name; {did_you_mean(value, table)}known: {', '.join(table)}")
 
 
 def _load_config(value: str, presets: str | None, choices: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:

@@ -148,10 +148,12 @@ class RunRecord:
 
     def lookup(self, key: str) -> Any:
         """Value of a dotted key: manifest first, then config; ``None`` where neither has it."""
-        flat = flatten(self.manifest)
-        if key in flat:
-            return flat[key]
-        return self.config.get(key)
+        return self._facts[key] if key in self._facts else self.config.get(key)
+
+    @cached_property
+    def _facts(self) -> dict[str, Any]:
+        """The manifest as dotted keys."""
+        return flatten(self.manifest)
 
     def sheets(self, limit: int = 20) -> list[Sheet]:
         """Tables of the run: ``*.md`` in the folder, then ``*.jsonl`` and ``*.md`` in ``samples/``.

@@ -243,7 +243,7 @@ def cache(config: CacheConfig) -> None:
         )
     else:
         from slt.config import ModelConfig
-        from slt.models.visual import build_backbone
+        from slt.models.backbones import build_backbone
 
         total = build_feature_cache(
             data,

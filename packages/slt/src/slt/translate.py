@@ -301,7 +301,7 @@ def _use_frames(trained: Trained) -> None:
             f"{trained.folder} was trained on cached features; translating a clip needs the resnet18 that made them, "
             f"but model.backbone_weights in its config.yaml is {model.backbone_weights}: correct the path there"
         )
-    from slt.models.visual import build_backbone
+    from slt.models.backbones import build_backbone
 
     backbone = build_backbone(dataclasses.replace(model, backbone="resnet18")).eval()
     trained.module.model.visual.backbone = backbone.to(trained.module.device)

@@ -11,7 +11,7 @@ from polymodal.cli import parse_config
 from polymodal.errors import UserError
 from slt.data import READERS
 from slt.data.cache import build_feature_cache, build_frame_cache
-from slt.models.visual import build_backbone
+from slt.models.backbones import build_backbone
 from slt.settings import SLTConfig
 from slt.train import cached_reader, data_module, make_tokenizer
 

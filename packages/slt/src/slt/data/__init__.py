@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 
-from polymodal.errors import UserError
+from polymodal.errors import UserError, did_you_mean
 
 from slt.data.base import SPLITS, Item, SLTData
 
@@ -28,9 +27,7 @@ def reader_class(name: str) -> type[SLTData]:
         UserError: unknown name; the message has the nearest names and the list.
     """
     if name not in READERS:
-        close = difflib.get_close_matches(name, READERS, n=2)
-        hint = f"did you mean {' or '.join(close)}? " if close else ""
-        raise UserError(f"unknown data {name!r}; {hint}known: {', '.join(READERS)}")
+        raise UserError(f"unknown data {name!r}; {did_you_mean(name, READERS)}known: {', '.join(READERS)}")
     module, _, attribute = READERS[name].rpartition(".")
     loaded: type[SLTData] = getattr(importlib.import_module(module), attribute)
     return loaded

@@ -12,7 +12,7 @@ from slt.config import ModelConfig
 from slt.models.backbones import build_backbone
 from slt.ops.lengths import SCHEMES, padded_length, token_length
 
-__all__ = ["TemporalConv", "VisualEncoder", "build_backbone", "edge_padding", "pad_clips"]
+__all__ = ["TemporalConv", "VisualEncoder", "edge_padding", "pad_clips"]
 
 KERNEL = 5
 
