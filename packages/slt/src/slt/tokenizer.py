@@ -13,13 +13,13 @@ from polymodal.errors import UserError
 from polymodal.files import write_json
 
 from slt.config import VocabInfo
+from slt.ops.corrupt import MASK
 
 if TYPE_CHECKING:
     import tokenizers
 
 __all__ = ["MASK", "Tokenizer", "read_backend", "trim_vocabulary"]
 
-MASK = "<mask>"
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 META_FILE = "slt_tokenizer.json"
 SCHEMA = "slt.tokenizer"

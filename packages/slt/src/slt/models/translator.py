@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +13,7 @@ from slt.methods import FUSIONS
 from slt.models.generate import generate
 from slt.models.text import build_text_encoder, build_translator, check_positions, load_text_encoder, load_translator
 from slt.models.visual import VisualEncoder
+from slt.ops.contrastive import INITIAL_LOGIT_SCALE
 
 if TYPE_CHECKING:
     from slt.data.collate import Batch
@@ -76,7 +76,7 @@ class SLTModel(nn.Module):
         self.translator = build_translator(config, vocab)
         self.cls_token = nn.Parameter(torch.randn(config.width) * (config.position_std or config.init_std))
         self.video_head = nn.Linear(config.width, config.width, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
         if config.pretrained_text is not None:
             load_text_encoder(self.text_encoder, config)
             with torch.no_grad():
