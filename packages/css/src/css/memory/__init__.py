@@ -1,0 +1,1 @@
+"""What is kept of earlier steps: instances or whole pictures, in an inspectable folder."""

@@ -1,0 +1,1 @@
+"""Pure tensor functions of continual segmentation: no state, no logging, no trainer."""
