@@ -11,7 +11,7 @@ _EIR = "Yin et al. 2025, EIR (arXiv 2503.22136)"
 _MIB = "Cermelli et al. 2020, MiB (arXiv 2002.00718)"
 _PLOP = "Douillard et al. 2021, PLOP (arXiv 2011.11390)"
 _SSUL = "Cha et al. 2021, SSUL (arXiv 2106.11562)"
-_DKD = "Baek et al. 2022, DKD (NeurIPS 2022)"
+_DKD = "Baek et al. 2022, DKD (arXiv 2210.05941)"
 
 METHODS = Registry(
     "method",
@@ -20,7 +20,7 @@ METHODS = Registry(
             name="eir",
             target="css.methods.eir:EIR",
             paper=_EIR,
-            summary="instances of old classes pasted into new pictures, pseudo-labels, region distillation (our reading)",
+            summary="pasted instances of old classes, pseudo-labels and region distillation (our reading)",
             tags=("sigmoid", "instances", "distillation"),
             fidelity="reconstruction",
         ),
