@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
+from polymodal.errors import UserError
 from torch import Tensor, nn
 
 from css.ops.predict import predict
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
     from css.memory.bank import InstanceBank
     from css.models.network import CSSNet
 
-__all__ = ["Method", "StepContext"]
+__all__ = ["STARTS", "Method", "StepContext", "check_start", "start_heads"]
+
+STARTS = ("background", "zero", "random")
+"""How the heads of new classes may start."""
 
 
 @dataclass
@@ -100,6 +104,14 @@ class Method(ABC):
         """Whether this configuration replays anything (parts of a method may be switched off)."""
         return self.memory != "none"
 
+    def uses_bank(self) -> bool:
+        """Whether the loss draws single instances itself (pasting)."""
+        return False
+
+    def replays(self) -> bool:
+        """Whether entries of the memory are pictures of the training set."""
+        return self.uses_memory()
+
     @torch.no_grad()
     def init_new_head(self, ctx: StepContext) -> None:
         """Start values of the newest head, in later steps; the default copies the background head into each class."""
@@ -122,3 +134,26 @@ class Method(ABC):
     def predict(self, logits: Tensor) -> Tensor:
         """Labels (batch, H, W) of logits (batch, channels, H, W)."""
         return logits.argmax(1) if self.softmax else predict(logits)
+
+
+def check_start(init: str) -> str:
+    """``init`` itself.
+
+    Raises:
+        UserError: none of ``STARTS``.
+    """
+    if init not in STARTS:
+        raise UserError(f"init={init!r}; expected one of {', '.join(STARTS)}")
+    return init
+
+
+def start_heads(net: CSSNet, init: str, bias: float) -> None:
+    """Start values of the newest head: a copy of the background's, zero or random weights with a given bias."""
+    from css.models import heads
+
+    if init == "background":
+        heads.copy_background(net)
+    elif init == "zero":
+        heads.constant(net, bias)
+    else:
+        heads.random(net, bias)

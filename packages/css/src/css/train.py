@@ -1,0 +1,333 @@
+"""``css-train``: learn the classes of a task step after step, test after each, report what was kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+import sys
+from typing import TYPE_CHECKING, Any
+
+from polymodal.cli import command
+from polymodal.errors import UserError
+
+from css.data import READERS
+from css.methods import METHODS
+from css.settings import CSSConfig
+from css.steps import step_done, step_folder
+from css.task import Task
+
+if TYPE_CHECKING:
+    from polymodal.run import Run
+
+    from css.methods.base import Method, StepContext
+    from css.module import CSSModule
+    from css.report import StepReport
+
+__all__ = ["build_context", "main", "make_task", "train"]
+
+log = logging.getLogger(__name__)
+
+EXAMPLE = """
+css-train                                    # shapes world, task 2-1, about two minutes
+css-train --data voc --data.root DIR/VOC2012 --task 15-1 --setting overlap
+css-train --method mib --seed 1              # a rival on the same data
+css-train --resume runs/css/RUN              # go on after Ctrl-C or a crash
+"""
+DEFAULT_PRESETS = {"": "shapes", "shapes": "shapes", "voc": "voc_15-1", "ade20k": "ade_100-50", "pairs": "pairs"}
+
+
+def main() -> int:
+    """Entry point of ``css-train``; returns the exit code."""
+    return command(
+        train,
+        CSSConfig,
+        prog="css-train",
+        example=EXAMPLE,
+        presets="css",
+        choices={"data": READERS},
+        default_presets=DEFAULT_PRESETS,
+        aliases={"model": "network.name", "epochs": "trainer.max_epochs"},
+        list_methods=list_methods,
+    )
+
+
+def list_methods() -> str:
+    """Methods with paper and fidelity, one line each."""
+    width = max(len(row.name) for row in METHODS)
+    return "\n".join(f"{row.name:<{width}}  {row.fidelity:<14}  {row.summary}  [{row.paper}]" for row in METHODS)
+
+
+def make_task(config: CSSConfig, *, offline: bool = False) -> Task:
+    """The continual task of a configuration, or all its classes in one step."""
+    return Task("offline" if offline else config.task, config.data.num_classes, tuple(config.order or ()))
+
+
+def train(config: CSSConfig) -> None:
+    """Run all steps of the task and print the result.
+
+    Raises:
+        UserError: bad data, options, task or checkpoint.
+    """
+    from polymodal.run import Run
+    from polymodal.seeding import set_threads
+
+    set_threads(config.threads)
+    config.data.check()
+    info = METHODS.info(config.method)
+    job = Job(config)
+    if config.dry_run:
+        sys.stdout.write(job.plan() + "\n")
+        return
+    with Run.start(
+        "css",
+        config,
+        name=f"{config.data.name}-{config.task}-{info.name}",
+        method=info.name,
+        fidelity=info.fidelity,
+        data={**config.data.describe(), "task": config.task, "setting": config.setting, "order": list(job.task.order)},
+        axes={"test/*": "task"},
+    ) as run:
+        reports = job.run_steps(run)
+        final = job.finish(run, reports) if run.is_writer else {}
+        run.finish(final)
+    if run.is_writer:
+        job.show(run, reports)
+
+
+class Job:
+    """Everything that the steps of a run have in common.
+
+    Args:
+        config: the configuration.
+    """
+
+    def __init__(self, config: CSSConfig) -> None:
+        self.config = config
+        self.method: Method = METHODS.create(config.method, **config.method_options)
+        self.named_task = make_task(config)
+        self.task = make_task(config, offline=True) if self.method.offline else self.named_task
+        self.base = len(self.named_task.steps[0])
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """What a weight file says about itself."""
+        from polymodal.config import to_dict
+
+        config = self.config
+        return {
+            "task": self.task.name,
+            "report_task": self.named_task.name,
+            "num_classes": self.task.num_classes,
+            "order": list(self.task.order),
+            "setting": config.setting,
+            "step": step,
+            "channels": [len(ids) for ids in self.task.steps[: step + 1]],
+            "method": config.method,
+            "method_options": to_dict(config.method_options),
+            "network": to_dict(config.network),
+            "class_names": config.data.class_names(),
+            "crop": config.loader.crop,
+            "data": config.data.name,
+            "fingerprint": config.data.fingerprint(),
+        }
+
+    def plan(self) -> str:
+        """What would be trained, for ``--dry-run``."""
+        from css.data.scenarios import select_train
+
+        ctx = build_context(self, 0, None)
+        count = sum(p.numel() for p in ctx.net.parameters())
+        reader, config = self.config.data, self.config
+        sizes, ids = reader.class_sets("train"), [item.id for item in reader.items("train")]
+        lines = [f"data     {reader.name}: {len(ids)} training, {len(reader.items('test'))} test pictures"]
+        lines += [f"method   {config.method} {config.method_options or ''}".rstrip(), f"network  {count:,} parameters"]
+        names = reader.class_names()
+        for step, classes in enumerate(self.task.steps):
+            chosen = select_train(self.task, sizes, config.setting, step, ids=ids, seed=config.seed)
+            shown = ", ".join(names[raw - 1] for raw in classes[:4]) + (", …" if len(classes) > 4 else "")
+            lines += [f"step {step:<3} {len(chosen)} pictures, {len(classes)} classes: {shown}"]
+        return "\n".join([*lines, "nothing was trained (dry run)"])
+
+    def run_steps(self, run: Run) -> list[StepReport]:
+        """Train the steps that are not finished; returns the reports of all."""
+        reports: list[StepReport] = []
+        offset = 0
+        for step in range(self.task.num_steps):
+            done = step_done(run.folder, step)
+            if done is None:
+                done = self.run_step(run, step, offset, reports)
+            reports.append(self.read_report(run, step))
+            offset = int(done["optimizer_steps"])
+        return reports
+
+    def run_step(self, run: Run, step: int, offset: int, earlier: list[StepReport]) -> dict[str, Any]:
+        """Train and test one step, write its folder; returns what ``done.json`` says."""
+        from polymodal.trainer import fit_and_test
+
+        from css.data.datamodule import CSSDataModule
+
+        config = self.config
+        memory = self.memory_of(run, step) if step and self.method.uses_memory() else None
+        module = self.build_module(run, step, memory)
+        data = CSSDataModule(
+            config.data,
+            self.task,
+            config.setting,
+            step,
+            config.loader,
+            seed=config.seed,
+            replay=list(memory.entries) if memory is not None and self.method.replays() else [],
+            mix=self.method.mix,
+            keep_old=config.setting == "sequential",
+        )
+        log.info("step %d of %d: %s", step + 1, self.task.num_steps, ", ".join(self.names(step)))
+        epochs = config.later_epochs if step and config.later_epochs else config.trainer.max_epochs
+        trainer = dataclasses.replace(config.trainer, max_epochs=epochs)
+        fit_and_test(module, data, trainer, run, stage=step, step_offset=offset)
+        if run.is_writer:
+            self.write_step(run, step, offset, module, data, earlier)
+        _barrier()
+        done = step_done(run.folder, step)
+        assert done is not None  # the writer has just written it
+        return done
+
+    def names(self, step: int) -> list[str]:
+        """Names of the classes of a step."""
+        names = self.config.data.class_names()
+        return [names[raw - 1] for raw in self.task.steps[step]]
+
+    def build_module(self, run: Run, step: int, memory: Any) -> CSSModule:
+        """The module of a step, its network started from the step before."""
+        from css.module import CSSModule
+
+        ctx = build_context(self, step, run)
+        if memory is not None and self.method.uses_bank():
+            from css.memory.bank import InstanceBank
+
+            ctx.bank = InstanceBank(memory)
+        return CSSModule(
+            ctx, self.method, self.config.optim, base=self.base, seed=self.config.seed, meta=self.meta(step)
+        )
+
+    def memory_of(self, run: Run, step: int) -> Any:
+        """The memory that ``step`` replays: read where it is complete, else built from the step before."""
+        from polymodal.seeding import derive
+
+        from css.memory import load_memory, make_memory
+
+        config, kind = self.config, self.method.memory
+        folder = step_folder(run.folder, step) / "memory"
+        facts = {"task": self.task, "fingerprint": config.data.fingerprint()}
+        if run.is_writer and not (folder / "index.json").is_file():
+            previous_folder = step_folder(run.folder, step - 1) / "memory"
+            previous = load_memory(kind, previous_folder, reader=config.data, **facts) if step > 1 else None
+            make_memory(
+                kind,
+                folder,
+                reader=config.data,
+                step=step,
+                setting=config.setting,
+                previous=previous,
+                budget=config.memory.budget,
+                seed=derive(config.seed, "memory", step),
+                split_seed=config.seed,
+                connectivity=config.memory.connectivity,
+                **facts,
+            )
+        _barrier()
+        memory = load_memory(kind, folder, reader=config.data, **facts)
+        log.info("%s", memory.summary())
+        return memory
+
+    def write_step(
+        self, run: Run, step: int, offset: int, module: CSSModule, data: Any, earlier: list[StepReport]
+    ) -> None:
+        """Weights, confusion, report and pictures of a finished step; ``done.json`` last."""
+        from css.pictures import predictions_grid
+        from css.report import StepReport, write_report
+        from css.steps import save_weights, write_done
+
+        folder = step_folder(run.folder, step)
+        assert module.confusion is not None  # the test has just counted
+        report = StepReport.of(module.confusion, self.named_task, self.config.data.class_names(), step, self.base)
+        save_weights(folder / "weights.safetensors", module.net.state_dict(), self.meta(step))
+        write_report(folder, report, module.confusion)
+        predictions_grid(folder / "predictions.png", module, data, self.config.data.class_names(), self.task)
+        total = offset + module.fitted_steps
+        extra = _over_steps([*earlier, report])
+        run.log({**{f"test/{k}": v for k, v in extra.items()}, "task": float(step)}, total)
+        write_done(run.folder, step, {"optimizer_steps": total})
+
+    def read_report(self, run: Run, step: int) -> StepReport:
+        """The report of a finished step."""
+        from css.report import read_report
+
+        return read_report(step_folder(run.folder, step))
+
+    def finish(self, run: Run, reports: list[StepReport]) -> dict[str, float]:
+        """Pictures over all steps; the final metrics."""
+        from css.pictures import iou_matrix
+
+        path = run.folder / "figures" / "iou.png"
+        path.parent.mkdir(exist_ok=True)
+        iou_matrix(path, reports)
+        shutil.copyfile(step_folder(run.folder, len(reports) - 1) / "predictions.png", path.with_name("predictions.png"))
+        final = reports[-1].metrics() | _over_steps(reports)
+        return {f"test/{name}": value for name, value in final.items()}
+
+    def show(self, run: Run, reports: list[StepReport]) -> None:
+        """The closing table, the run folder, the command that shows more, the W&B upload command."""
+        from css.report import closing_table
+
+        sys.stdout.write("\n" + closing_table(reports))
+        sys.stdout.write(f"\nrun folder  {run.folder}\npictures    {run.folder / 'figures'}\n")
+        sys.stdout.write(f"more        polymodal report {run.folder} --html\n")
+        if run.sync_command:
+            sys.stdout.write(f"upload      {run.sync_command}\n")
+
+
+def _over_steps(reports: list[StepReport]) -> dict[str, float]:
+    from css.report import over_steps
+
+    return over_steps(reports)
+
+
+def build_context(job: Job, step: int, run: Run | None) -> StepContext:
+    """Networks of a step: the new one with one head more, the old one frozen.
+
+    Raises:
+        UserError: a network that is not known or cannot be loaded.
+    """
+    import torch
+    from polymodal.seeding import derive
+
+    from css.checkpoint import load_network
+    from css.methods.base import StepContext
+    from css.models.build import build_network
+
+    task, method = job.task, job.method
+    torch.manual_seed(derive(job.config.seed, "init", step))
+    config = job.config.network if step == 0 else dataclasses.replace(job.config.network, weights=None)
+    net = build_network(config, [len(ids) for ids in task.steps[: step + 1]], method=method)
+    ctx = StepContext(step, net, task.num_old(step), len(task.steps[step]))
+    if step == 0:
+        return ctx
+    assert run is not None  # later steps need the folder of the step before
+    loaded = load_network(step_folder(run.folder, step - 1))
+    ctx.old = loaded.net.requires_grad_(False)
+    missing = net.load_state_dict(ctx.old.state_dict(), strict=False)
+    foreign = [name for name in missing.missing_keys if not name.startswith(f"heads.{step + 1}.")]
+    if foreign or missing.unexpected_keys:
+        raise UserError(f"step {step - 1} in {run.folder} has another network (first difference: {foreign[:1]})")
+    method.init_new_head(ctx)
+    if method.freeze_norm:
+        net.freeze_norm()
+    return ctx
+
+
+def _barrier() -> None:
+    """In a data-parallel run, wait for the process that writes."""
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
