@@ -76,11 +76,18 @@ class CsvLog(Logger):
             writer.writerow([step, "" if epoch == "" else int(epoch), name, repr(float(value))])
         append_text(self.path, text.getvalue())
 
-    def rewind(self, step: int) -> None:
-        """Drop what was logged after ``step``, all ``test/`` rows, and a half-written last line (before a resume)."""
+    def rewind(self, step: int, tested: int = 0) -> None:
+        """Before a resume, drop what will be logged again, and a half-written last line.
+
+        Args:
+            step: rows after this step go.
+            tested: step at which the present stage began: later ``test/`` rows are of this stage and go too, with the
+                values of their own axis (names without a slash, such as ``task``).
+        """
         kept = [HEADER]
         for row in _rows(self.path):
-            if int(row[0]) <= step and not row[2].startswith("test/"):
+            at, repeated = int(row[0]), row[2].startswith("test/") or "/" not in row[2]
+            if at <= (min(step, tested) if repeated else step):
                 kept.append(row)
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(kept)
@@ -175,9 +182,13 @@ class WandbLog(Logger):
 
 
 def make_loggers(
-    folder: Path, logging_config: LoggingConfig, config: dict[str, Any], settings: Mapping[str, Any]
+    folder: Path,
+    logging_config: LoggingConfig,
+    config: dict[str, Any],
+    settings: Mapping[str, Any],
+    axes: Mapping[str, str] | None = None,
 ) -> list[Logger]:
-    """CSV always, then what the configuration asks for.
+    """CSV always, then what the configuration asks for; ``axes`` replaces rows of ``X_AXES``.
 
     Raises:
         UserError: TensorBoard asked for but not installed.
@@ -185,7 +196,7 @@ def make_loggers(
     loggers: list[Logger] = [CsvLog(folder / "metrics.csv")]
     mode = wandb_mode(logging_config)
     if mode != "off":
-        loggers.append(WandbLog(folder, config, mode, settings))
+        loggers.append(WandbLog(folder, config, mode, settings, {**X_AXES, **(axes or {})}))
     if logging_config.tensorboard:
         from lightning.pytorch.loggers import TensorBoardLogger
 

@@ -12,6 +12,7 @@ import secrets
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -67,6 +68,7 @@ class Run:
         fidelity: str = "",
         data: dict[str, Any] | None = None,
         job_type: str = "train",
+        axes: Mapping[str, str] | None = None,
     ) -> Run:
         """Make (or, with ``config.resume``, reopen) the run folder, write manifest and config, open the loggers.
 
@@ -78,6 +80,7 @@ class Run:
             fidelity: the method's fidelity.
             data: at least ``name`` and ``fingerprint`` of the data.
             job_type: ``train`` or ``eval``.
+            axes: metric pattern -> name of its x-axis, where it is another than in ``logs.X_AXES``.
 
         Raises:
             UserError: folder not writable, nothing to resume, or a run of another task or other data.
@@ -130,7 +133,7 @@ class Run:
             write_text(folder / "config.yaml", to_yaml(config))
         run = cls(folder, config, manifest, checkpoint)
         run._write()
-        run._open_loggers()
+        run._open_loggers(axes or {})
         # Lightning starts the further processes of a data-parallel run later, with this environment.
         os.environ[_SHARED_RUN] = json.dumps([str(folder), str(checkpoint) if checkpoint else None])
         return run
@@ -147,7 +150,7 @@ class Run:
         folder, checkpoint = json.loads(shared)
         return cls(Path(folder), config, read_manifest(Path(folder)), Path(checkpoint) if checkpoint else None)
 
-    def _open_loggers(self) -> None:
+    def _open_loggers(self, axes: Mapping[str, str]) -> None:
         from polymodal.logs import make_loggers
 
         settings = {
@@ -160,7 +163,7 @@ class Run:
             "job_type": self.manifest["job_type"],
         }
         full = {**to_dict(self.config), "method": self.manifest["method"], "data_info": self.manifest["data"]}
-        self.loggers = make_loggers(self.folder, self.config.log, full, settings)
+        self.loggers = make_loggers(self.folder, self.config.log, full, settings, axes)
 
     def note(self, **values: Any) -> None:
         """Add facts to the manifest, e.g. ``device``, ``metric_signatures``."""

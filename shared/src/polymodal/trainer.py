@@ -245,7 +245,8 @@ def fit(
         reached = (run.checkpoint_marks or {}).get("step", 0) if checkpoint else 0
         for logger in run.loggers:
             if isinstance(logger, CsvLog):
-                logger.rewind(reached + options.get("step_offset", 0))
+                offset = options.get("step_offset", 0)
+                logger.rewind(reached + offset, offset)
     with quiet_lightning():
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
     run.checkpoint = run.checkpoint_marks = None  # a later stage starts from this one's weights, not from a file
