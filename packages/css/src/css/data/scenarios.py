@@ -11,7 +11,7 @@ from polymodal.seeding import derive
 if TYPE_CHECKING:
     from css.task import Task
 
-__all__ = ["SETTINGS", "held_out", "partition_step", "select_test", "select_train"]
+__all__ = ["SETTINGS", "held_out", "partition_class", "select_test", "select_train"]
 
 SETTINGS = ("overlap", "disjoint", "sequential", "partitioned")
 
@@ -32,8 +32,9 @@ def select_train(
     - ``overlap``: at least one pixel of a class of the step; a picture may be in several steps.
     - ``disjoint``: that, and no class of a later step; a picture is in the step of its last class only.
     - ``sequential``: the pictures of ``disjoint``; their labels keep old classes (``Task.train_lut(keep_old=True)``).
-    - ``partitioned``: each picture is in exactly one of the steps of its classes, drawn with equal probability by
-      (seed, picture id), whatever the order and number of the pictures.
+    - ``partitioned``: each picture belongs to exactly one of its classes, drawn with equal probability by
+      (seed, picture id), and so to that class's step. Neither the other pictures nor the task matter, so that all
+      tasks of a seed share one partition.
 
     A task of one step (``offline``) takes every picture with any class, in each setting.
 
@@ -61,7 +62,7 @@ def select_train(
     if setting == "overlap":
         chosen = [i for i, found in enumerate(class_sets) if not current.isdisjoint(found)]
     elif setting == "partitioned":
-        chosen = _partitioned(task, class_sets, step, ids, seed)
+        chosen = _partitioned(current, class_sets, ids, seed)
     else:
         seen = set(task.seen(step))
         chosen = [i for i, found in enumerate(class_sets) if not current.isdisjoint(found) and seen.issuperset(found)]
@@ -101,18 +102,16 @@ def select_test(
     return chosen
 
 
-def partition_step(task: Task, found: Sequence[int], identifier: str, seed: int = 0) -> int | None:
-    """Step of a picture in the setting ``partitioned``; None where it has no class.
+def partition_class(found: Sequence[int], identifier: str, seed: int = 0) -> int | None:
+    """Class that a picture belongs to in the setting ``partitioned``; None where it has none.
 
     Args:
-        task: classes by step.
-        found: raw ids in the picture.
-        identifier: the picture's id; the draw depends on nothing else but the seed and the picture's steps.
+        found: raw ids in the picture, in any order.
+        identifier: the picture's id; the draw depends on nothing else but the seed and the picture's classes.
         seed: root seed.
     """
-    classes = set(found)
-    steps = [step for step, ids in enumerate(task.steps) if not classes.isdisjoint(ids)]
-    return steps[derive(seed, "partition", identifier) % len(steps)] if steps else None
+    classes = sorted(set(found))
+    return classes[derive(seed, "partition", identifier) % len(classes)] if classes else None
 
 
 def held_out(identifier: str, share: float) -> bool:
@@ -126,12 +125,12 @@ def held_out(identifier: str, share: float) -> bool:
 
 
 def _partitioned(
-    task: Task, class_sets: Sequence[Sequence[int]], step: int, ids: Sequence[str] | None, seed: int
+    current: set[int], class_sets: Sequence[Sequence[int]], ids: Sequence[str] | None, seed: int
 ) -> list[int]:
     if ids is None:
         raise ValueError("setting partitioned draws by picture id; give ids")
     pairs = enumerate(zip(class_sets, ids, strict=True))
-    return [i for i, (found, name) in pairs if partition_step(task, found, name, seed) == step]
+    return [i for i, (found, name) in pairs if partition_class(found, name, seed) in current]
 
 
 def _classes(task: Task, step: int) -> tuple[int, ...]:
