@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -70,7 +69,9 @@ class CSSModule(TaskModule):
     def metrics(self, records: dict[str, Any]) -> dict[str, float]:
         """IoU means in percent: ``miou_all``, ``miou_old``, and in later steps ``miou_new`` and ``miou_harmonic``."""
         channels = self.net.num_channels
-        self.confusion = add_sparse(records.values(), channels)
+        self.confusion = np.zeros((channels, channels), np.int64)
+        for record in records.values():
+            add_sparse(self.confusion, record)
         report = segmentation_report(self.confusion, min(self.base, channels - 1), max(channels - 1 - self.base, 0))
         names = ["old", "all"] + (["new", "harmonic"] if channels - 1 > self.base else [])
         return {f"miou_{name}": report[name] for name in names}
@@ -131,7 +132,7 @@ class CSSModule(TaskModule):
             parameter.requires_grad_(factor > 0)
         decay_all = not later or optim.decay_later == "all"
         groups: list[dict[str, Any]] = []
-        for name, parameters in self._families():
+        for name, parameters in self.net.parameter_groups().items():
             rate = lr if name == "backbone" else lr * optim.head_factor
             decay = optim.weight_decay if decay_all or name == "new_head" else 0.0
             by_factor: dict[float, list[nn.Parameter]] = {}
@@ -141,12 +142,3 @@ class CSSModule(TaskModule):
             for factor, members in by_factor.items():
                 groups.append({"params": members, "lr": rate * factor, "weight_decay": decay, "name": name})
         return groups
-
-    def _families(self) -> Iterator[tuple[str, list[nn.Parameter]]]:
-        heads = list(self.net.heads)
-        old, new = (heads[:-1], heads[-1:]) if self.ctx.step else ([], heads)
-        yield "backbone", list(self.net.extractor.backbone_parameters())
-        yield "neck", list(self.net.extractor.neck_parameters())
-        yield "old_heads", [p for head in old for p in head.parameters()]
-        extra = [] if self.net.unknown is None else list(self.net.unknown.parameters())
-        yield "new_head", [p for head in new for p in head.parameters()] + extra

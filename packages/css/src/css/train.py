@@ -9,7 +9,6 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from polymodal.cli import command
-from polymodal.errors import UserError
 
 from css.data import READERS
 from css.methods import METHODS
@@ -150,13 +149,15 @@ class Job:
 
     def run_steps(self, run: Run) -> list[StepReport]:
         """Train the steps that are not finished; returns the reports of all."""
+        from css.report import read_report
+
         reports: list[StepReport] = []
         offset = 0
         for step in range(self.task.num_steps):
             done = step_done(run.folder, step)
             if done is None:
                 done = self.run_step(run, step, offset, reports)
-            reports.append(self.read_report(run, step))
+            reports.append(read_report(step_folder(run.folder, step)))
             offset = int(done["optimizer_steps"])
         return reports
 
@@ -239,57 +240,46 @@ class Job:
         log.info("%s", memory.summary())
         return memory
 
-    def write_step(
-        self, run: Run, step: int, offset: int, module: CSSModule, data: Any, earlier: list[StepReport]
-    ) -> None:
-        """Weights, confusion, report and pictures of a finished step; ``done.json`` last."""
+    def write_step(self, run: Run, step: int, offset: int, module: CSSModule, data: Any, earlier: list[StepReport]) -> None:
+        """Weights, report and pictures of a finished step; ``done.json`` last."""
         from css.pictures import predictions_grid
-        from css.report import StepReport, write_report
+        from css.report import StepReport, over_steps, write_report
         from css.steps import save_weights, write_done
 
-        folder = step_folder(run.folder, step)
+        folder, names = step_folder(run.folder, step), self.config.data.class_names()
         assert module.confusion is not None  # the test has just counted
-        report = StepReport.of(module.confusion, self.named_task, self.config.data.class_names(), step, self.base)
+        report = StepReport.of(module.confusion, self.named_task, names, step, images=len(module.records))
         save_weights(folder / "weights.safetensors", module.net.state_dict(), self.meta(step))
         write_report(folder, report, module.confusion)
-        predictions_grid(folder / "predictions.png", module, data, self.config.data.class_names(), self.task)
+        predictions_grid(folder / "predictions.png", module, data, names, self.task)
         total = offset + module.fitted_steps
-        extra = _over_steps([*earlier, report])
-        run.log({**{f"test/{k}": v for k, v in extra.items()}, "task": float(step)}, total)
+        run.log({**_tested(over_steps([*earlier, report])), "task": float(step)}, total)
         write_done(run.folder, step, {"optimizer_steps": total})
-
-    def read_report(self, run: Run, step: int) -> StepReport:
-        """The report of a finished step."""
-        from css.report import read_report
-
-        return read_report(step_folder(run.folder, step))
 
     def finish(self, run: Run, reports: list[StepReport]) -> dict[str, float]:
         """Pictures over all steps; the final metrics."""
         from css.pictures import iou_matrix
+        from css.report import over_steps
 
         path = run.folder / "figures" / "iou.png"
-        path.parent.mkdir(exist_ok=True)
-        iou_matrix(path, reports)
-        shutil.copyfile(step_folder(run.folder, len(reports) - 1) / "predictions.png", path.with_name("predictions.png"))
-        final = reports[-1].metrics() | _over_steps(reports)
-        return {f"test/{name}": value for name, value in final.items()}
+        iou_matrix(path, reports, f"{self.config.method}, {self.config.data.name} {self.config.task}")
+        last = step_folder(run.folder, len(reports) - 1) / "predictions.png"
+        shutil.copyfile(last, path.with_name("predictions.png"))
+        return _tested(reports[-1].metrics() | over_steps(reports))
 
     def show(self, run: Run, reports: list[StepReport]) -> None:
         """The closing table, the run folder, the command that shows more, the W&B upload command."""
         from css.report import closing_table
 
-        sys.stdout.write("\n" + closing_table(reports))
+        sys.stdout.write("\n" + closing_table(reports) + "\n")
         sys.stdout.write(f"\nrun folder  {run.folder}\npictures    {run.folder / 'figures'}\n")
         sys.stdout.write(f"more        polymodal report {run.folder} --html\n")
         if run.sync_command:
             sys.stdout.write(f"upload      {run.sync_command}\n")
 
 
-def _over_steps(reports: list[StepReport]) -> dict[str, float]:
-    from css.report import over_steps
-
-    return over_steps(reports)
+def _tested(scores: dict[str, float]) -> dict[str, float]:
+    return {f"test/{name}": value for name, value in scores.items()}
 
 
 def build_context(job: Job, step: int, run: Run | None) -> StepContext:
@@ -315,10 +305,7 @@ def build_context(job: Job, step: int, run: Run | None) -> StepContext:
     assert run is not None  # later steps need the folder of the step before
     loaded = load_network(step_folder(run.folder, step - 1))
     ctx.old = loaded.net.requires_grad_(False)
-    missing = net.load_state_dict(ctx.old.state_dict(), strict=False)
-    foreign = [name for name in missing.missing_keys if not name.startswith(f"heads.{step + 1}.")]
-    if foreign or missing.unexpected_keys:
-        raise UserError(f"step {step - 1} in {run.folder} has another network (first difference: {foreign[:1]})")
+    net.load_earlier(ctx.old.state_dict())
     method.init_new_head(ctx)
     if method.freeze_norm:
         net.freeze_norm()
