@@ -55,9 +55,9 @@ def balanced_sample(
         for label, queue in queues.items():
             if len(taken) == budget:
                 return taken
-            key = _next(queue, gone, accept)
-            if key is not None:
-                taken.append((key[0], label))
+            found = _next(queue, gone, accept)
+            if found is not None:
+                taken.append((found[0], label))
                 added = True
     return taken
 
