@@ -240,7 +240,9 @@ class Job:
         log.info("%s", memory.summary())
         return memory
 
-    def write_step(self, run: Run, step: int, offset: int, module: CSSModule, data: Any, earlier: list[StepReport]) -> None:
+    def write_step(
+        self, run: Run, step: int, offset: int, module: CSSModule, data: Any, earlier: list[StepReport]
+    ) -> None:
         """Weights, report and pictures of a finished step; ``done.json`` last."""
         from css.pictures import predictions_grid
         from css.report import StepReport, over_steps, write_report

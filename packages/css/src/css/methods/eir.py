@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from polymodal.errors import UserError
@@ -17,6 +17,9 @@ from css.ops.distill import region_distillation
 from css.ops.labels import one_hot, pseudo_label
 from css.ops.losses import soft_binary_loss
 from css.ops.paste import paste_batch, rank_cells_batch
+
+if TYPE_CHECKING:
+    from css.memory.bank import InstanceBank
 
 __all__ = ["EIR", "PastePlan"]
 
@@ -174,7 +177,7 @@ class EIR(PseudoLabels):
             return batch.images, target, 0
         count = len(plan.pictures)
         entries = self.entries(bank, plan.classes, generator)
-        boxes, flips = bank.augment(entries, side, generator, enabled=self.augment)
+        boxes, flips = self.crops(bank, entries, generator)
         lam = torch.rand(count, generator=generator) if self.lam is None else torch.full((count,), self.lam)
         images = batch.images.clone()
         columns = [torch.tensor(column) for column in (plan.pictures, plan.classes, plan.cells, plan.rounds)]
@@ -211,7 +214,7 @@ class EIR(PseudoLabels):
         return [[int(c) + 1 for c in row.nonzero().flatten()] for row in only]
 
     def plan(
-        self, seen: Sequence[Sequence[int]], slots: dict[int, Tensor], cells: int, generator: torch.Generator
+        self, seen: Sequence[Sequence[int]], slots: Mapping[int, Tensor], cells: int, generator: torch.Generator
     ) -> PastePlan:
         """Classes and cells of each picture (spec steps 3, 5, 6): those seen, filled up with others where few are seen.
 
@@ -237,11 +240,15 @@ class EIR(PseudoLabels):
                 plan.rounds.append(place)
         return plan
 
-    def entries(self, bank: object, classes: Sequence[int], generator: torch.Generator) -> Tensor:
+    def entries(self, bank: InstanceBank, classes: Sequence[int], generator: torch.Generator) -> Tensor:
         """An entry of the memory for each paste."""
-        from css.memory.bank import InstanceBank
-
-        assert isinstance(bank, InstanceBank)
         if self.instance_selection:
             return bank.draw(torch.tensor(classes), generator)
         return torch.tensor([int(bank.slots[cls][0]) for cls in classes])
+
+    def crops(self, bank: InstanceBank, entries: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Crop (top, left, height, width) and flip of each instance: drawn, or the whole picture as it is."""
+        if self.augment:
+            return bank.augment(entries, generator)
+        sizes = bank.sources[entries.to(bank.device)].cpu()
+        return torch.cat([torch.zeros_like(sizes), sizes], 1), torch.zeros(len(entries), dtype=torch.bool)
