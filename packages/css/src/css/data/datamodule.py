@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import multiprocessing
 from collections.abc import Iterator, Sequence
@@ -15,16 +14,18 @@ from polymodal.errors import UserError
 from polymodal.loading import LazyLoader
 from polymodal.seeding import numpy_rng
 
-from css.data.base import SPLITS, Item, SegData
+from css.data.base import Item, SegData
 from css.data.batch import Batch, collate
 from css.data.dataset import CSSDataset, Decoded, ReplayEntry
 from css.data.options import LoaderConfig
-from css.data.scenarios import select_test, select_train
+from css.data.scenarios import select_test
+from css.data.split_files import step_indices
 from css.task import BACKGROUND, IGNORE, Task
 
 __all__ = ["CSSDataModule", "ReplaySampler"]
 
-_CACHE_BYTES = 2**30
+_CACHE_BYTES = 2**29
+"""largest cache of decoded pictures of a split"""
 _log = logging.getLogger(__name__)
 
 
@@ -65,17 +66,17 @@ class ReplaySampler(LengthBucketBatchSampler):
     def __iter__(self) -> Iterator[list[tuple[int, ...]]]:  # type: ignore[override]
         """The epoch's batches of this rank: ``(index, epoch)``, and ``(index, epoch, occurrence)`` of entries."""
         start, epoch = self.start_batch, self.epoch
+        orders: dict[int, list[int]] = {}
         for number, batch in enumerate(super().__iter__(), start=start):
             first = (number * self.world_size + self.rank) * self.replayed
-            drawn: list[tuple[int, ...]] = list(batch)
+            keys: list[tuple[int, ...]] = list(batch)
             for place in range(first, first + self.replayed):
                 occurrence, which = divmod(place, self.entries)
-                drawn.append((len(self.lengths) + int(self._order(epoch, occurrence)[which]), epoch, occurrence))
-            yield drawn
-
-    @functools.lru_cache(maxsize=4)  # noqa: B019 (of a few entries; samplers live as long as a step)
-    def _order(self, epoch: int, occurrence: int) -> Any:
-        return numpy_rng(self.seed, "replay", epoch, occurrence).permutation(self.entries)
+                if occurrence not in orders:
+                    draws = numpy_rng(self.seed, "replay", epoch, occurrence)
+                    orders = {occurrence: draws.permutation(self.entries).tolist()}
+                keys.append((len(self.lengths) + orders[occurrence][which], epoch, occurrence))
+            yield keys
 
 
 class CSSDataModule(L.LightningDataModule):
@@ -123,6 +124,8 @@ class CSSDataModule(L.LightningDataModule):
         self.keep_old = keep_old or setting == "sequential"
         self.train_sampler: LengthBucketBatchSampler | None = None
         self._train_loader: LazyLoader | None = None
+        self._items: dict[str, list[Item]] = {}
+        self._caches: dict[str, dict[str, Decoded] | None] = {}
 
     def prepare_data(self) -> None:
         """Let the reader write what it needs (the shapes world), in one process."""
@@ -143,56 +146,40 @@ class CSSDataModule(L.LightningDataModule):
         Raises:
             UserError: there are none.
         """
-        return self._chosen["train"]
+        return list(self._chosen("train"))
 
-    @functools.cached_property
-    def _chosen(self) -> dict[str, list[Item]]:
-        return {split: self._choose(split) for split in SPLITS}
-
-    def _choose(self, split: str) -> list[Item]:
-        items = self.reader.items(split)
-        if not items:
-            return []
-        names = self.reader.class_names()
-        sets = self.reader.class_sets(split)
-        if split == "train":
-            chosen = select_train(
-                self.task,
-                sets,
-                self.setting,
-                self.step,
-                ids=[item.id for item in items],
-                seed=self.seed,
-                names=names,
-            )
-        else:
-            chosen = select_test(self.task, sets, self.step, allow_empty=split == "val", names=names)
-        return [items[index] for index in chosen]
+    def _chosen(self, split: str) -> list[Item]:
+        """Pictures of a split at this step, chosen once."""
+        if split not in self._items:
+            items = self.reader.items(split)
+            if split == "val":
+                sets = self.reader.class_sets(split) if items else []
+                chosen = select_test(self.task, sets, self.step, allow_empty=True)
+            else:
+                chosen = step_indices(self.reader, self.task, self.setting, self.step, split, seed=self.seed)
+            self._items[split] = [items[index] for index in chosen]
+        return self._items[split]
 
     # --- loaders ------------------------------------------------------------------------------------------------
 
-    @functools.cached_property
-    def _cache(self) -> dict[str, Decoded] | None:
-        """Where decoded pictures stay: in memory, where this process decodes them and they fit."""
-        items = [item for chosen in self._chosen.values() for item in chosen]
-        if self.config.num_workers or not items:
+    def _cache(self, split: str) -> dict[str, Decoded] | None:
+        """Where decoded pictures of a split stay: in memory, where this process decodes them and they fit."""
+        if self.config.num_workers:
             return None
-        first = self.reader.load_image(items[0])
-        need = first.nbytes * 4 / 3 * (len(items) + len(self.replay))
-        _log.info(
-            "decoded pictures need %.0f MiB; they %s in memory",
-            need / 2**20,
-            "stay" if need <= _CACHE_BYTES else "do not stay",
-        )
-        return {} if need <= _CACHE_BYTES else None
+        if split not in self._caches:
+            items = self._chosen(split)
+            pixels = self.reader.load_mask(items[0]).size  # of the first, as a measure of all
+            need = 4 * pixels * (len(items) + (len(self.replay) if split == "train" else 0))
+            fits = need <= _CACHE_BYTES
+            _log.debug("decoded %s pictures need %.0f MiB; cache in memory: %s", split, need / 2**20, fits)
+            self._caches[split] = {} if fits else None
+        return self._caches[split]
 
     def _make_train_loader(self) -> LazyLoader:
         items, config = self.train_items(), self.config
-        if not items:
-            raise UserError(f"step {self.step}: no training pictures")
         lut = self.task.train_lut(self.step, self.keep_old)
         dataset = CSSDataset(
-            self.reader, items, lut, config, train=True, seed=self.seed, replay=self.replay, cache=self._cache
+            self.reader, items, lut, config, train=True, seed=self.seed, replay=self.replay, cache=self._cache("train")
         )
         rank, world = _ranks(shard=True)
         options: dict[str, Any] = {"seed": self.seed, "pool": 1, "rank": rank, "world_size": world}
@@ -228,7 +215,9 @@ class CSSDataModule(L.LightningDataModule):
         """
         native = self.config.eval_size == "native"
         lut = self.task.test_lut(self.step, IGNORE if self.config.unseen_as == "ignore" else BACKGROUND)
-        dataset = CSSDataset(self.reader, self._chosen[split], lut, self.config, native=native, cache=self._cache)
+        dataset = CSSDataset(
+            self.reader, self._chosen(split), lut, self.config, native=native, cache=self._cache(split)
+        )
         return self._in_order(dataset, 1 if native else self.config.eval_batch_size, shard)
 
     def _in_order(self, dataset: CSSDataset, batch_size: int, shard: bool) -> LazyLoader:
@@ -244,7 +233,7 @@ class CSSDataModule(L.LightningDataModule):
         Nothing is drawn, memory entries are left out, and every process of a data-parallel run sees the same.
         """
         lut = self.task.train_lut(self.step, self.keep_old)
-        dataset = CSSDataset(self.reader, self.train_items(), lut, self.config, cache=self._cache)
+        dataset = CSSDataset(self.reader, self.train_items(), lut, self.config, cache=self._cache("train"))
         return iter(self._in_order(dataset, self.config.eval_batch_size, shard=False))
 
     def train_dataloader(self) -> LazyLoader:
@@ -253,7 +242,7 @@ class CSSDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> LazyLoader | list[Batch]:
         """Validation batches; an empty list where there are no validation pictures."""
-        return self.loader("val") if self._chosen["val"] else []
+        return self.loader("val") if self._chosen("val") else []
 
     def test_dataloader(self) -> LazyLoader:
         """Test batches."""
