@@ -45,7 +45,7 @@ def select_train(
         step: continual step, from 0.
         ids: names of the pictures; ``partitioned`` draws by them.
         seed: of ``partitioned``.
-        allow_empty: an empty step is no error (validation pictures).
+        allow_empty: an empty step is no error.
         names: class names by raw id - 1, for the message.
 
     Returns:

@@ -112,7 +112,7 @@ def write_splits(folder: Path, reader: SegData, task: Task, setting: str, seed: 
 def step_indices(reader: SegData, task: Task, setting: str, step: int, split: str, seed: int = 0) -> list[int]:
     """Pictures of a step: from ``reader.split_files`` where that is given, else selected by the setting.
 
-    Validation pictures are always selected, by the rule of training pictures, and may be none.
+    Validation pictures are always selected, by the rule of test pictures, and may be none.
 
     Args:
         reader: the data set.
@@ -150,10 +150,9 @@ def step_indices(reader: SegData, task: Task, setting: str, step: int, split: st
 def _selected(reader: SegData, task: Task, setting: str, step: int, split: str, seed: int) -> list[int]:
     items = reader.items(split)
     sets, names = reader.class_sets(split) if items else [], reader.class_names()
-    if split == "test":
-        return select_test(task, sets, step, names=names)
-    ids = [item.id for item in items]
-    return select_train(task, sets, setting, step, ids=ids, seed=seed, names=names, allow_empty=split == "val")
+    if split != "train":
+        return select_test(task, sets, step, names=names, allow_empty=split == "val")
+    return select_train(task, sets, setting, step, ids=[item.id for item in items], seed=seed, names=names)
 
 
 def _described(task: Task, setting: str) -> dict[str, str]:
