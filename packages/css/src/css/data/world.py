@@ -11,7 +11,7 @@ import numpy as np
 from polymodal.seeding import numpy_rng
 
 from css.data.base import SPLITS
-from css.data.files import write_mask
+from css.data.files import palette
 from css.data.shapes import KINDS
 
 __all__ = ["LOOKS", "Look", "draw_picture", "outline", "write_world"]
@@ -102,7 +102,7 @@ def _background(size: int, rng: np.random.Generator) -> np.ndarray:
     patches = rng.uniform(0.3, 0.7, 3) + rng.normal(0, 0.11, (grid, grid, 3))
     place = np.linspace(0, grid - 1, size)
     weight = np.maximum(0, 1 - np.abs(place[:, None] - np.arange(grid)))  # linear interpolation
-    picture = np.einsum("yi,xj,ijc->yxc", weight, weight, patches)
+    picture = np.moveaxis(weight @ np.moveaxis(patches, 2, 0) @ weight.T, 0, 2)
     y, x = np.mgrid[:size, :size] / size
     angle = rng.uniform(0, np.pi)
     turn = 2 * np.pi / rng.uniform(0.06, 0.25)
@@ -168,6 +168,7 @@ def write_world(folder: Path, options: dict[str, Any]) -> None:
     """
     from PIL import Image
 
+    colours = palette().tobytes()
     for split, count in zip(SPLITS, options["images"], strict=True):
         for part in ("images", "masks"):
             (folder / split / part).mkdir(parents=True)
@@ -176,6 +177,8 @@ def write_world(folder: Path, options: dict[str, Any]) -> None:
             rng = numpy_rng(options["seed"], "picture", name)
             picture, mask = draw_picture(options["classes"], options["size"], options["noise"], rng)
             Image.fromarray(picture).save(folder / split / "images" / f"{name}.png", compress_level=1)
-            write_mask(folder / split / "masks" / f"{name}.png", mask)
+            indexed = Image.fromarray(mask)
+            indexed.putpalette(colours)
+            indexed.save(folder / split / "masks" / f"{name}.png", compress_level=1)
     (folder / "classes.txt").write_text("".join(f"{name}\n" for name in KINDS[: options["classes"]]), encoding="utf-8")
     (folder / "world.json").write_text(json.dumps(options), encoding="utf-8")
