@@ -81,7 +81,7 @@ class PLOP(Method):
             batch = batch.to(device)
             entropy, classes = normalised_entropy(ctx.old_logits(batch.images))
             histogram += entropy_histogram(entropy, classes, batch.labels == BACKGROUND, channels, self.bins)
-        self.thresholds = median_thresholds(histogram, self.floor)
+        self.thresholds = median_thresholds(histogram, self.floor).to(device)
 
     def loss(self, ctx: StepContext, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy on completed labels, and Local POD in later steps.

@@ -53,9 +53,9 @@ def median_thresholds(histogram: Tensor, floor: float = 0.001) -> Tensor:
         floor: least threshold, also that of a channel that was never predicted.
 
     Returns:
-        (T,) float64.
+        (T,) float64 on the CPU, where a cumulative sum is the same every time.
     """
-    counts = histogram.double()
+    counts = histogram.cpu().double()
     cumulative = counts.cumsum(1)
     half = cumulative[:, -1:] / 2
     index = (cumulative < half).sum(1, keepdim=True).clamp(max=histogram.shape[1] - 1)
