@@ -187,7 +187,8 @@ class InstanceMemory:
         """One line: entries, classes, bytes."""
         return (
             f"memory of step {self.step}: {len(self.entries)} instances of at most {self.budget},"
-            f" {len(self.slots)} classes, {self.stored_bytes / 2**20:.2f} MiB (their whole pictures: {self.image_bytes / 2**20:.2f} MiB)"
+            f" {len(self.slots)} classes, {self.stored_bytes / 2**20:.2f} MiB"
+            f" (their whole pictures: {self.image_bytes / 2**20:.2f} MiB)"
         )
 
 

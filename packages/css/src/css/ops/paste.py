@@ -246,7 +246,7 @@ class _Axis(NamedTuple):
 
 
 def _nearest(places: Tensor, step: Tensor, size: Tensor) -> Tensor:
-    """Source pixels of (n, k) places at (n,) float32 steps, clamped to (n,) sizes: torch's rule for nearest."""
+    """Source pixels of (n, k) places at (n,) float32 steps, clamped to (n,) sizes: the rule of ``F.interpolate``."""
     return torch.minimum((places.float() * step[:, None]).floor().long(), size[:, None] - 1)
 
 
@@ -275,8 +275,11 @@ def _extent(spans: tuple[Tensor, Tensor], rows: Tensor, columns: Tensor) -> tupl
 
 def _shrunk(grid: Tensor, length: Tensor, scale: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     """(n, cell) places in the crop of the rows (or columns) of resized boxes, and which of them are in use."""
-    used = grid < (length * scale).long()[:, None]
-    places = _nearest(grid.expand(len(length), -1), (1.0 / scale).float(), length) + start[:, None]
+    out = (length * scale).long()
+    # F.interpolate copies an axis that keeps its length and repeats each pixel of one that doubles, whatever the scale
+    step = torch.where(out == length, 1.0, torch.where(out == 2 * length, 0.5, (1.0 / scale).float()))
+    used = grid < out[:, None]
+    places = _nearest(grid.expand(len(length), -1), step, length) + start[:, None]
     return torch.where(used, places, 0), used
 
 
