@@ -42,6 +42,7 @@ class Shapes(SegData):
         size: height and width, pixels, at least 32.
         classes: the first so many of the eight shapes, 2..8.
         noise: standard deviation of the pixel noise, 0..1 in units of the full brightness.
+        scatter: standard deviation of a shape's colour about its class's, 0..1; less makes classes easier to tell.
         world_seed: seed of the pictures; the seed of a run does not change the data.
     """
 
@@ -49,6 +50,7 @@ class Shapes(SegData):
     size: int = 64
     classes: int = 4
     noise: float = 0.06
+    scatter: float = 0.11
     world_seed: int = 0
 
     name: ClassVar[str] = "shapes"
@@ -66,8 +68,9 @@ class Shapes(SegData):
             raise UserError(f"size={self.size}; expected at least {_SMALLEST} pixels: up to three shapes lie in it")
         if not 2 <= self.classes <= len(KINDS):
             raise UserError(f"classes={self.classes}; expected 2..{len(KINDS)}: {', '.join(KINDS)}")
-        if not 0 <= self.noise <= 1:
-            raise UserError(f"noise={self.noise}; expected 0..1 in units of the full brightness")
+        for name in ("noise", "scatter"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name}={getattr(self, name)}; expected 0..1 in units of the full brightness")
         return {
             "version": _WORLD_VERSION,
             "seed": self.world_seed,
@@ -75,6 +78,7 @@ class Shapes(SegData):
             "size": self.size,
             "classes": self.classes,
             "noise": self.noise,
+            "scatter": self.scatter,
         }
 
     def world(self) -> Path:

@@ -20,8 +20,6 @@ _MOST = 3
 _PLACES = 20
 _COVERED = 0.15
 """largest share of an earlier shape that a later one may hide"""
-_SCATTER = 0.11
-"""standard deviation of a shape's colour about that of its class, 0..1"""
 _RADIUS = (0.14, 0.25)
 """of the circle around a shape, in picture sides"""
 
@@ -129,13 +127,16 @@ def _place(kind: str, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.nd
     return None
 
 
-def draw_picture(classes: int, size: int, noise: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def draw_picture(
+    classes: int, size: int, noise: float, scatter: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """One picture with one to three shapes of any classes.
 
     Args:
         classes: number of classes to draw from.
         size: height and width, pixels.
         noise: standard deviation of the pixel noise, 0..1.
+        scatter: standard deviation of a shape's colour about that of its class, 0..1.
         rng: generator of this picture.
 
     Returns:
@@ -151,7 +152,7 @@ def draw_picture(classes: int, size: int, noise: float, rng: np.random.Generator
             continue
         inside, u, v = placed
         look = LOOKS[kind]
-        colour = np.asarray(look.colour) + rng.normal(0, _SCATTER, 3)
+        colour = np.asarray(look.colour) + rng.normal(0, scatter, 3)
         surface = colour + look.contrast * _pattern(look, u, v, rng)[..., None]
         picture[inside] = surface[inside]
         mask[inside] = label
@@ -175,7 +176,8 @@ def write_world(folder: Path, options: dict[str, Any]) -> None:
         for number in range(count):
             name = f"shapes-{split}-{number:05d}"
             rng = numpy_rng(options["seed"], "picture", name)
-            picture, mask = draw_picture(options["classes"], options["size"], options["noise"], rng)
+            numbers = (options[name] for name in ("classes", "size", "noise", "scatter"))
+            picture, mask = draw_picture(*numbers, rng)
             Image.fromarray(picture).save(folder / split / "images" / f"{name}.png", compress_level=1)
             indexed = Image.fromarray(mask)
             indexed.putpalette(colours)
