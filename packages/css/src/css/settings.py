@@ -26,7 +26,7 @@ class NetworkConfig:
     """tiny, deeplabv3_resnet50, deeplabv3_resnet101, timm:NAME, hf:FOLDER, mmseg:CONFIG"""
     weights: Path | None = None
     """file with backbone weights (.pth or .safetensors; torchvision's names for ResNets); none: random"""
-    width: int = 20
+    width: int = 16
     """channels of the tiny network"""
     output_stride: Literal[8, 16] = 16
     """pixels of the image a pixel of DeepLab's features"""

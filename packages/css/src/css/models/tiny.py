@@ -30,7 +30,7 @@ class TinyExtractor(FeatureExtractor):
         UserError: a width or stride that is not possible.
     """
 
-    def __init__(self, width: int = 20, stride: int = 4) -> None:
+    def __init__(self, width: int = 20, stride: int = 2) -> None:
         super().__init__()
         if width < 1:
             raise UserError(f"network.width={width}; expected at least 1")
