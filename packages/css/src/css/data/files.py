@@ -138,7 +138,7 @@ def write_mask(path: Path, array: np.ndarray, palette: np.ndarray | None = None)
     Args:
         path: the file; its folder must exist.
         array: (H, W) ids 0..255.
-        palette: (n, 3) uint8 colours, n <= 256; default: VOC's.
+        palette: (n, 3) uint8 colours, n <= 256; ids from n on, and all by default, get VOC's.
 
     Raises:
         ValueError: an array of another form or range.
@@ -150,8 +150,10 @@ def write_mask(path: Path, array: np.ndarray, palette: np.ndarray | None = None)
     if array.ndim != 2 or (array.size and not 0 <= int(array.min()) <= int(array.max()) <= 255):
         raise ValueError(f"mask of shape {array.shape}; expected (H, W) with ids 0..255")
     image = Image.fromarray(np.ascontiguousarray(array, dtype=np.uint8))
-    colors = _palette() if palette is None else palette
-    image.putpalette(np.ascontiguousarray(colors, dtype=np.uint8).tobytes())
+    colors = _palette()  # always all 256: files with a short palette are written with few bits, which cut the ids
+    if palette is not None:
+        colors[: len(palette)] = palette
+    image.putpalette(colors.tobytes())
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     write_bytes(path, buffer.getvalue())
