@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["InstanceBank"]
 
 _TRIES = 10
-_TENSORS = ("pixels", "start", "sizes", "corners", "runs", "run_start", "run_count", "shift", "factor")
+_TENSORS = ("pixels", "labels", "start", "sizes", "corners", "runs", "run_start", "run_count", "shift", "factor")
 
 
 class InstanceBank:
@@ -29,31 +29,37 @@ class InstanceBank:
         device: where the tensors lie.
 
     Attributes:
-        pixels: (N, 4) uint8: red, green, blue and channel of the class (0: not part of the instance), row by row.
+        pixels: (N,) int32: red, green and blue as the first three of four bytes, row by row, entry by entry.
+        labels: (N,) uint8: channel of the class at each pixel, 0 where there is none.
         start: (E,) first pixel of each entry in ``pixels``.
         sizes: (E, 2) height and width of the stored box.
         corners: (E, 2) first row and column of the stored box in the source picture.
         sources: (E, 2) height and width of the source picture; always on the CPU.
-        runs: (R, 3) horizontal runs of the masks: row, first column, column after the last, in the stored box.
+        runs: (2, 2, R) horizontal runs of the masks, in the stored box: row and first column, then the row and the
+            column after it.
         run_start: (E, C) first run of a class in an entry.
         run_count: (E, C) number of its runs.
-        shift: (3,) mean colour, 0..255.
-        factor: (3,) what turns a difference to it into a normalised value.
+        shift: (3, 1) mean colour, 0..255.
+        factor: (3, 1) what turns a difference to it into a normalised value.
         slots: channel -> (k,) entries kept for that class; always on the CPU.
     """
 
     def __init__(self, memory: InstanceMemory, device: torch.device | str = "cpu") -> None:
         decoded = [entry.crop() for entry in memory.entries]
-        pixels = [np.dstack([image, label]).reshape(-1, 4) for image, label in decoded]
-        counts = [len(block) for block in pixels]
-        self.pixels = torch.from_numpy(np.concatenate(pixels) if pixels else np.zeros((0, 4), np.uint8))
+        counts = [label.size for _, label in decoded]
+        blocks = [np.dstack([image, np.zeros_like(label)]).reshape(-1, 4) for image, label in decoded]
+        colours = np.concatenate([np.zeros((0, 4), np.uint8), *blocks])
+        self.pixels = torch.from_numpy(colours).view(torch.int32)[:, 0].contiguous()
+        self.labels = torch.from_numpy(
+            np.concatenate([np.zeros(0, np.uint8), *(label.ravel() for _, label in decoded)])
+        )
         self.start = torch.tensor([0, *counts], dtype=torch.int64).cumsum(0)[:-1]
         self.sizes = _pairs([label.shape for _, label in decoded])
         self.corners = _pairs([entry.box[:2] for entry in memory.entries])
         self.sources = _pairs([entry.size for entry in memory.entries])
         self.runs, self.run_start, self.run_count = _index_runs([label for _, label in decoded])
-        self.shift = torch.tensor(MEAN) * 255
-        self.factor = 1 / (torch.tensor(STD) * 255)
+        self.shift = torch.tensor(MEAN)[:, None] * 255
+        self.factor = 1 / (torch.tensor(STD)[:, None] * 255)
         self._host_count = self.run_count
         self.slots: dict[int, Tensor] = {}
         for channel in sorted({entry.slot for entry in memory.entries}):
@@ -83,14 +89,14 @@ class InstanceBank:
             classes: (n,) int64 channels.
 
         Returns:
-            (n, r, 3) int64 runs, see ``runs``, and (n, r) bool, which of them there are; r >= 1.
+            (2, 2, n, r) int64 runs, see ``runs``, and (n, r) bool, which of them there are.
         """
         most = int(self._host_count[entries.cpu(), classes.cpu()].max()) if len(entries) else 0
         entries, classes = entries.to(self.device), classes.to(self.device)
-        place = torch.arange(max(most, 1), device=self.device)
+        place = torch.arange(most, device=self.device)
         valid = place < self.run_count[entries, classes][:, None]
         index = torch.where(valid, self.run_start[entries, classes][:, None] + place, 0)
-        return self.runs[index], valid
+        return self.runs.index_select(2, index.flatten()).view(2, 2, *index.shape), valid
 
     def draw(self, channels: Sequence[int] | Tensor, generator: torch.Generator) -> Tensor:
         """One entry of each slot named, every entry of a slot with the same probability.
@@ -162,23 +168,27 @@ def _pairs(values: Sequence[Sequence[int]]) -> Tensor:
 
 
 def _index_runs(labels: Sequence[np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs of all classes of all entries (R, 3), and first run and number of runs by entry and class (E, C)."""
+    """Runs of all classes of all entries (2, 2, R), and first run and number of runs by entry and class (E, C)."""
     top = max((int(label.max(initial=0)) for label in labels), default=0)
     start, count = np.zeros((2, len(labels), top + 1), np.int64)
-    runs: list[np.ndarray] = [np.zeros((0, 3), np.int64)]
+    runs: list[np.ndarray] = [np.zeros((2, 2, 0), np.int64)]
     total = 0
     for entry, label in enumerate(labels):
         for channel in np.unique(label[label > 0]).tolist():
             found = mask_runs(label == channel)
             runs.append(found)
-            start[entry, channel], count[entry, channel] = total, len(found)
-            total += len(found)
-    return torch.from_numpy(np.concatenate(runs)), torch.from_numpy(start), torch.from_numpy(count)
+            start[entry, channel], count[entry, channel] = total, found.shape[2]
+            total += found.shape[2]
+    return torch.from_numpy(np.concatenate(runs, axis=2)), torch.from_numpy(start), torch.from_numpy(count)
 
 
 def mask_runs(mask: np.ndarray) -> np.ndarray:
-    """Horizontal runs of a mask (H, W) bool: (R, 3) row, first column, column after the last, in row-major order."""
+    """Horizontal runs of a mask (H, W) bool, in row-major order.
+
+    Returns:
+        (2, 2, R) int64: row and first column, then the row and the column after it.
+    """
     edges = np.diff(np.pad(mask.astype(np.int8), ((0, 0), (1, 1))), axis=1)
     rows, first = (edges == 1).nonzero()
     last = (edges == -1).nonzero()[1]
-    return np.stack([rows, first, last], axis=1).astype(np.int64)
+    return np.array([[rows, first], [rows + 1, last]], np.int64)

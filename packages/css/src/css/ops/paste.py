@@ -148,7 +148,7 @@ def paste_batch(
     flips: Tensor,
     enlarge: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Paste one instance into each of n pictures, in place: a round of ``paste_instance``.
+    """Paste n instances into pictures, in place: ``paste_instance`` for many at once.
 
     The result is that of: take the stored picture of an entry at its source size, crop ``boxes`` and resize it to
     H x W (bilinear; the mask nearest), mirror it where ``flips`` says so, and call ``paste_instance`` with the mask of
@@ -165,7 +165,8 @@ def paste_batch(
         bank: decoded instances, on the device of ``images``.
         entries: (n,) int64 entries of the bank.
         classes: (n,) int64 channel of the instance, one of the entry's classes.
-        pictures: (n,) int64 places in the batch, each at most once.
+        pictures: (n,) int64 places in the batch. No two pastes of one call may touch the same pixel: one for each
+            picture, or different cells of it, since an instance never leaves its cell.
         origins: (n, 2) int64 first row and column of the cell.
         cell: side of the cell, pixels, at most H and W.
         lams: (n,) share of the instance in the mix, 0..1.
@@ -186,175 +187,170 @@ def paste_batch(
         raise ValueError(f"cell={cell}; expected a side of 1 to {min(height, width)}, the shorter one of the pictures")
     if len(entries) == 0:
         return images, soft_targets
-    spans = bank.spans(entries, classes)
+    runs, valid = bank.spans(entries, classes)
     device = images.device
     entries, classes, pictures, origins, lams, boxes, flips = (
         tensor.to(device) for tensor in (entries, classes, pictures, origins, lams, boxes, flips)
     )
-    corners, sizes = bank.corners[entries], bank.sizes[entries]
-    crops = _Axis.of(boxes[:, 0], boxes[:, 2], corners[:, 0], sizes[:, 0], height)
-    across = _Axis.of(boxes[:, 1], boxes[:, 3], corners[:, 1], sizes[:, 1], width)
-    top, bottom, left, right = _extent(spans, crops.nearest(), across.nearest())
-    tall, wide = bottom - top + 1, right - left + 1
-    scale = torch.minimum(cell / (wide + 1).double(), cell / (tall + 1).double())
+    crops = _Crops.of(boxes, bank.corners[entries], bank.sizes[entries], height, width)
+    first, last = _extent(runs, valid, crops.nearest())
+    length = last - first + 1
+    scale = (cell / (length + 1).double()).amin(0)
     scale = scale if enlarge else scale.clamp(max=1.0)
-    scale = torch.where((tall > 1) & (wide > 1), scale, 0.0)  # nothing to paste: no rows, no columns
-    left = torch.where(flips, width - 1 - right, left)
-    grid = torch.arange(cell, device=device)
-    rows, row_used = _shrunk(grid, tall, scale, top)
-    columns, column_used = _shrunk(grid, wide, scale, left)
-    columns = torch.where(flips[:, None], width - 1 - columns, columns)
-    paste, row, column = _under_mask(bank, entries, classes, crops, across, rows, columns, row_used, column_used)
-    values = _bilinear(bank, entries, crops, across, rows, columns, (paste, row, column)).to(images.dtype)
-    y = _placed(origins[:, 0], row_used, height)[paste] + row
-    x = _placed(origins[:, 1], column_used, width)[paste] + column
-    _mix(images, soft_targets, pictures[paste], y, x, values, classes[paste], lams[paste])
+    scale = torch.where((length > 1).all(0), scale, 0.0)  # nothing to paste: no rows, no columns
+    first[1] = torch.where(flips, width - 1 - last[1], first[1])
+    places, used = _shrunk(cell, length, scale, first)
+    places[1] = torch.where(flips[:, None], width - 1 - places[1], places[1])
+    where = _under_mask(bank, entries, classes, crops, places, used)
+    values = _bilinear(bank, entries, crops, places, where).to(images.dtype)
+    taken, limits = used.sum(-1), torch.tensor([[height], [width]], device=device)
+    corner = torch.where(origins.t() + taken <= limits, origins.t(), limits - 1 - taken)
+    _mix(images, soft_targets, pictures, corner, where, values, classes, lams)
     return images, soft_targets
 
 
-class _Axis(NamedTuple):
-    """One axis of n resized crops: from a place in the crop (0..out-1) to places in the stored box."""
+class _Crops(NamedTuple):
+    """Rows (first) and columns (second) of n resized crops: from places in the crop to pixels of the stored box."""
 
     start: Tensor
-    """(n,) start of the crop, in pixels of the stored box"""
+    """(2, n) first row and column of the crop, in pixels of the stored box"""
     size: Tensor
-    """(n,) length of the crop, source pixels"""
+    """(2, n) height and width of the crop, source pixels"""
     stored: Tensor
-    """(n,) length of the stored box, pixels"""
-    out: int
-    """length after resizing"""
+    """(2, n) height and width of the stored box, pixels"""
+    out: tuple[int, int]
+    """height and width after resizing"""
+    step: Tensor
+    """(2, n, 1) source pixels a pixel of the resized crop"""
 
     @classmethod
-    def of(cls, start: Tensor, size: Tensor, corner: Tensor, stored: Tensor, out: int) -> _Axis:
-        return cls(start - corner, size, stored, out)
+    def of(cls, boxes: Tensor, corners: Tensor, sizes: Tensor, height: int, width: int) -> _Crops:
+        size, start = boxes[:, 2:].t().contiguous(), (boxes[:, :2] - corners).t().contiguous()
+        out = torch.tensor([[height], [width]], dtype=torch.float32, device=boxes.device)
+        return cls(start, size, sizes.t().contiguous(), (height, width), (size / out)[..., None])
 
     def nearest(self, places: Tensor | None = None) -> Tensor:
-        """(n, k) pixel of the stored box at (n, k) places, by the nearest rule; may lie outside of the box."""
-        if places is None:
-            places = torch.arange(self.out, device=self.size.device).expand(len(self.size), -1)
-        return _nearest(places, self.size.float() / self.out, self.size) + self.start[:, None]
+        """(2, n, k) pixels of the stored box at (2, n, k) places, by the nearest rule; they may lie outside of it.
+
+        Without places, those of every row and column, ascending; the shorter axis is filled up with high numbers.
+        """
+        if places is not None:
+            return _nearest(places, self.step, self.size) + self.start[..., None]
+        longest = max(self.out)
+        found = self.nearest(torch.arange(longest, device=self.size.device))
+        for axis, out in enumerate(self.out):
+            found[axis, :, out:] = torch.iinfo(torch.int64).max
+        return found
 
     def neighbours(self, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(n, k) pixels before and after each place, clamped to crop and box, and the weight of the second."""
-        step = (self.size.float() / self.out)[:, None]
-        exact = ((places.float() + 0.5) * step - 0.5).clamp(min=0)
-        first = exact.long()
-        second = torch.minimum(first + 1, self.size[:, None] - 1)
-        limit = self.stored[:, None] - 1
-        inside = [torch.minimum((p + self.start[:, None]).clamp(min=0), limit) for p in (first, second)]
-        return inside[0], inside[1], exact - first
+        """(2, n, k) pixels before and after each place, clamped to crop and box, and the weight of the second."""
+        exact = ((places + 0.5) * self.step - 0.5).clamp_(min=0)
+        before = exact.long()
+        after = torch.minimum(before + 1, self.size[..., None] - 1)
+        weight = exact - before
+        pair = torch.stack([before, after]).add_(self.start[..., None]).clamp_(min=0)
+        before, after = torch.minimum(pair, self.stored[..., None] - 1)
+        return before, after, weight
 
 
 def _nearest(places: Tensor, step: Tensor, size: Tensor) -> Tensor:
-    """Source pixels of (n, k) places at (n,) float32 steps, clamped to (n,) sizes: the rule of ``F.interpolate``."""
-    return torch.minimum((places.float() * step[:, None]).floor().long(), size[:, None] - 1)
+    """Source pixels of (..., k) places at float32 steps, clamped to sizes (...): the rule of ``F.interpolate``."""
+    return torch.minimum((places * step).long(), size[..., None] - 1)
 
 
-def _extent(spans: tuple[Tensor, Tensor], rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Bounding box, inclusive, of masks after crop and resizing.
+def _extent(runs: Tensor, valid: Tensor, ascending: Tensor) -> tuple[Tensor, Tensor]:
+    """Bounding box of masks after crop and resizing.
 
     Args:
-        spans: (n, r, 3) row, first column and column after the last of each horizontal run of the mask, in stored
-            pixels, and (n, r) bool, which of them there are.
-        rows: (n, H) stored row of each row, ascending.
-        columns: (n, W) stored column of each column, ascending.
+        runs: (2, 2, n, r) of each horizontal run of the mask: row and first column, then row and column after it.
+        valid: (n, r) bool, which runs there are.
+        ascending: (2, n, k) stored row of each row of the crop, stored column of each column.
 
     Returns:
-        (n,) top, bottom, left, right; bottom below top where nothing is left.
+        (2, n) first row and column, (2, n) last ones; the last before the first where nothing is left.
     """
-    runs, valid = spans
-    row, start, stop = (part.contiguous() for part in runs.unbind(-1))
-    first_row, last_row = torch.searchsorted(rows, row), torch.searchsorted(rows, row, right=True) - 1
-    first, last = torch.searchsorted(columns, start), torch.searchsorted(columns, stop) - 1
-    hit = valid & (first_row <= last_row) & (first <= last)
-    high = rows.shape[1] + columns.shape[1]
-    top, left = (torch.where(hit, value, high).amin(1) for value in (first_row, first))
-    bottom, right = (torch.where(hit, value, -1).amax(1) for value in (last_row, last))
-    return top, bottom, left, right
+    first = torch.searchsorted(ascending, runs[0])
+    last = torch.searchsorted(ascending, runs[1]) - 1
+    hit = valid & (first <= last).all(0)
+    return torch.where(hit, first, ascending.shape[-1]).amin(-1), torch.where(hit, last, -1).amax(-1)
 
 
-def _shrunk(grid: Tensor, length: Tensor, scale: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, cell) places in the crop of the rows (or columns) of resized boxes, and which of them are in use."""
+def _shrunk(cell: int, length: Tensor, scale: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """(2, n, cell) places in the crop of the rows and columns of the resized boxes, and which of them are in use."""
     out = (length * scale).long()
     # F.interpolate copies an axis that keeps its length and repeats each pixel of one that doubles, whatever the scale
     step = torch.where(out == length, 1.0, torch.where(out == 2 * length, 0.5, (1.0 / scale).float()))
-    used = grid < out[:, None]
-    places = _nearest(grid.expand(len(length), -1), step, length) + start[:, None]
-    return torch.where(used, places, 0), used
-
-
-def _placed(origin: Tensor, used: Tensor, limit: int) -> Tensor:
-    """(n,) first row (or column) in the picture; what would stick out is moved inside."""
-    length = used.sum(1)
-    return torch.where(origin + length <= limit, origin, limit - 1 - length)
+    grid = torch.arange(cell, device=length.device)
+    used = grid < out[..., None]
+    return torch.where(used, _nearest(grid, step[..., None], length) + start[..., None], 0), used
 
 
 def _under_mask(
-    bank: InstanceBank,
-    entries: Tensor,
-    classes: Tensor,
-    down: _Axis,
-    across: _Axis,
-    rows: Tensor,
-    columns: Tensor,
-    row_used: Tensor,
-    column_used: Tensor,
+    bank: InstanceBank, entries: Tensor, classes: Tensor, crops: _Crops, places: Tensor, used: Tensor
 ) -> tuple[Tensor, ...]:
     """(p,) paste, row and column in the resized box of every pixel under the mask of its class."""
-    y, x = down.nearest(rows), across.nearest(columns)
-    row_used = row_used & (y >= 0) & (y < down.stored[:, None])
-    column_used = column_used & (x >= 0) & (x < across.stored[:, None])
-    base = torch.where(row_used, bank.start[entries][:, None] + y * across.stored[:, None], 0)
-    flat = base[:, :, None] + torch.where(column_used, x, 0)[:, None, :]
-    hit = bank.pixels[:, 3][flat] == classes.to(torch.uint8)[:, None, None]
-    hit &= row_used[:, :, None]
-    hit &= column_used[:, None, :]
+    spots = crops.nearest(places)
+    inside = used & (spots >= 0) & (spots < crops.stored[..., None])
+    y, x = torch.where(inside, spots, 0)
+    base = y * crops.stored[1, :, None] + bank.start[entries][:, None]
+    flat = base[:, :, None] + x[:, None, :]
+    hit = bank.labels.index_select(0, flat.flatten()).view_as(flat) == classes.to(torch.uint8)[:, None, None]
+    hit &= inside[0, :, :, None]
+    hit &= inside[1, :, None, :]
     return hit.nonzero(as_tuple=True)
 
 
-def _bilinear(
-    bank: InstanceBank,
-    entries: Tensor,
-    down: _Axis,
-    across: _Axis,
-    rows: Tensor,
-    columns: Tensor,
-    where: tuple[Tensor, ...],
-) -> Tensor:
-    """(p, 3) normalised colours at (p,) pixels of the resized boxes."""
+def _bilinear(bank: InstanceBank, entries: Tensor, crops: _Crops, places: Tensor, where: tuple[Tensor, ...]) -> Tensor:
+    """(3, p) normalised colours at (p,) pixels of the resized boxes."""
     paste, row, column = where
-    above, below, fall = down.neighbours(rows)
-    before, after, shift = across.neighbours(columns)
-    side = rows.shape[1]
-    start, stride = bank.start[entries][:, None], across.stored[:, None]
-    at_row, at_column = paste * side + row, paste * side + column
-    above, below = ((start + line * stride).flatten()[at_row] for line in (above, below))
-    before, after = before.flatten()[at_column], after.flatten()[at_column]
-    fall, shift = fall.flatten()[at_row, None], shift.flatten()[at_column, None]
-    packed = bank.pixels.view(torch.int32)[:, 0]  # one read for the four bytes of a pixel
+    before, after, weight = crops.neighbours(places)
+    start, stride = bank.start[entries][:, None], crops.stored[1, :, None]
+    begin = paste * places.shape[-1]
+    at_row, at_column = begin + row, begin + column
+    above, below = ((line[0] * stride + start).flatten().index_select(0, at_row) for line in (before, after))
+    left, right = (line[1].flatten().index_select(0, at_column) for line in (before, after))
+    fall, shift = (w.flatten().index_select(0, at) for w, at in zip(weight, (at_row, at_column), strict=True))
 
     def read(place: Tensor) -> Tensor:
-        return packed[place][:, None].view(torch.uint8)[:, :3].float()
+        """(3, p) colours at (p,) places: one read for the bytes of a pixel."""
+        found = bank.pixels.index_select(0, place).view(torch.uint8).view(-1, 4).t()[:3]
+        return found.to(torch.float32, memory_format=torch.contiguous_format)
 
-    upper = torch.lerp(read(above + before), read(above + after), shift)
-    lower = torch.lerp(read(below + before), read(below + after), shift)
-    return (torch.lerp(upper, lower, fall) - bank.shift) * bank.factor
+    upper = torch.lerp(read(above + left), read(above + right), shift)
+    lower = torch.lerp(read(below + left), read(below + right), shift)
+    return torch.lerp(upper, lower, fall).sub_(bank.shift).mul_(bank.factor)
 
 
 def _mix(
     images: Tensor,
     soft_targets: Tensor,
-    picture: Tensor,
-    y: Tensor,
-    x: Tensor,
+    pictures: Tensor,
+    corner: Tensor,
+    where: tuple[Tensor, ...],
     values: Tensor,
     classes: Tensor,
     lams: Tensor,
 ) -> None:
-    """Mix (p, 3) colours and (p,) classes into (p,) different pixels, in place."""
-    share = lams.to(images.dtype)[:, None]
-    images[picture, :, y, x] = share * values + (1 - share) * images[picture, :, y, x]
-    share = lams.to(soft_targets.dtype)[:, None]
-    rows = (1 - share) * soft_targets[picture, :, y, x]
-    rows.scatter_add_(1, classes[:, None], share)
-    soft_targets[picture, :, y, x] = rows
+    """Mix (3, p) colours and the classes of n pastes in place; ``corner``: (2, n) first row and column of each."""
+    paste, row, column = where
+    batch, channels, height, width = soft_targets.shape
+    plane, offset, shift = height * width, row * width + column, corner[0] * width + corner[1]
+
+    def spots(planes: Tensor) -> Tensor:
+        """(p,) places in a flat tensor, of which each paste has its own plane."""
+        return (planes * plane + shift).index_select(0, paste).add_(offset)
+
+    share = lams.to(images.dtype).index_select(0, paste)
+    flat = images.contiguous().view(-1)
+    at = (torch.arange(0, 3 * plane, plane, device=paste.device)[:, None] + spots(3 * pictures)).flatten()
+    flat.index_copy_(0, at, (share * values).add_((1 - share) * flat.index_select(0, at).view(3, -1)).flatten())
+    if not images.is_contiguous():
+        images.copy_(flat.view(images.shape))
+    # One pass over all of the target is faster than reading and writing the rows of the pixels, which lie apart.
+    share = share.to(soft_targets.dtype) if images.dtype == soft_targets.dtype else lams.to(soft_targets.dtype)[paste]
+    keep = soft_targets.new_ones(batch * plane).index_copy_(0, spots(pictures), 1 - share)
+    soft_targets.mul_(keep.view(batch, 1, height, width))
+    flat = soft_targets.contiguous().view(-1)
+    flat.index_add_(0, spots(channels * pictures + classes), share)
+    if not soft_targets.is_contiguous():
+        soft_targets.copy_(flat.view(soft_targets.shape))
