@@ -143,5 +143,5 @@ def _empty(task: Task, step: int, what: str, names: Sequence[str]) -> UserError:
     classes = [f"{raw} ({names[raw - 1]})" if names else str(raw) for raw in task.steps[step]]
     shown = ", ".join(classes[:8]) + (", ..." if len(classes) > 8 else "")
     return UserError(
-        f"task {task.name}, step {step}, {what} has the classes {shown}; give another task, order, setting or data set"
+        f"task {task.name}, step {step}, {what} for the classes {shown}; give another task, order, setting or data set"
     )
