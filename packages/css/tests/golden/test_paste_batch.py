@@ -89,3 +89,133 @@ def test_a_round_equals_pasting_whole_augmented_pictures(seed, size, enlarge, fr
     found = paste_batch(images.clone(), targets.clone(), bank, *arguments, enlarge=enlarge)
     torch.testing.assert_close(found[0], wanted[0], atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(found[1], wanted[1], atol=1e-6, rtol=1e-6)
+
+
+def test_a_call_may_fill_several_cells_of_a_picture():
+    cell = cell_side(64)
+    images, targets, memory, bank, generator = scene(1, (64, 64), 2, [(60, 64), (40, 70), (64, 64)])
+    origins, _ = rank_cells_batch(torch.zeros(2, 64, 64, dtype=torch.bool), cell)
+    n = 6
+    entries = torch.arange(n) % 3
+    classes = torch.tensor([memory.entries[e].slot for e in entries.tolist()])
+    boxes, flips = bank.augment(entries, generator)
+    arguments = (
+        entries,
+        classes,
+        torch.arange(n) // 3,
+        origins[:, :3].reshape(n, 2),
+        cell,
+        torch.rand(n),
+        boxes,
+        flips,
+    )
+    wanted = slow(images, targets, memory, *arguments)
+    found = paste_batch(images.clone(), targets.clone(), bank, *arguments)
+    assert not torch.equal(wanted[0], images)
+    torch.testing.assert_close(found[0], wanted[0], atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(found[1], wanted[1], atol=1e-6, rtol=1e-6)
+
+
+def test_published_sizes():
+    images, targets, memory, bank, generator = scene(2, (512, 512), 2, [(375, 500), (500, 333), (1200, 900)])
+    for entry in memory.entries:
+        entry.label[:] = entry.slot  # whole boxes
+        entry.label[::7, ::5] = 0
+    bank = InstanceBank(memory)
+    arguments = pastes(bank, memory, 2, 2, 250, (512, 512), generator)
+    wanted = slow(images, targets, memory, *arguments)
+    found = paste_batch(images.clone(), targets.clone(), bank, *arguments)
+    assert (found[0] != images).any(1).flatten(1).sum(1).min() > 1000
+    torch.testing.assert_close(found[0], wanted[0], atol=2e-3, rtol=1e-3)
+    assert torch.equal(found[1] > 0, wanted[1] > 0)
+
+
+@pytest.mark.parametrize("lam", [0.0, 1.0])
+def test_limits_of_the_opacity(lam):
+    images, targets, memory, bank, generator = scene(3, (40, 40), 3, [(40, 40), (30, 50)])
+    arguments = list(pastes(bank, memory, 3, 3, 19, (40, 40), generator))
+    arguments[5] = torch.full((3,), lam)
+    new, soft = paste_batch(images.clone(), targets.clone(), bank, *arguments)
+    if lam == 0:
+        assert torch.equal(new, images)
+        assert torch.equal(soft, targets)
+        return
+    touched = (new != images).any(1)
+    assert touched.any()
+    assert torch.equal(soft.sum(1)[touched], torch.ones(int(touched.sum())))
+    assert set(soft[:, :, touched.any(0)].unique().tolist()) <= {0.0, 1.0}
+
+
+def test_pixels_off_the_masks_keep_their_bits_and_rows_sum_to_one():
+    images, targets, memory, bank, generator = scene(4, (40, 40), 4, [(40, 40), (30, 50)])
+    images[:, :, 0] = -0.0
+    valid = targets.sum(1) > 0
+    new, soft = paste_batch(images.clone(), targets.clone(), bank, *pastes(bank, memory, 3, 4, 19, (40, 40), generator))
+    touched = (new != images).any(1)
+    assert touched.any()
+    assert torch.equal(
+        new.movedim(1, -1)[~touched].view(torch.int32), images.movedim(1, -1)[~touched].view(torch.int32)
+    )
+    assert torch.equal(soft.movedim(1, -1)[~touched], targets.movedim(1, -1)[~touched])
+    torch.testing.assert_close(soft.sum(1)[valid], torch.ones(int(valid.sum())), atol=1e-6, rtol=0)
+
+
+def test_tensors_of_any_layout_are_changed_in_place():
+    images, targets, memory, bank, generator = scene(5, (40, 36), 3, [(40, 40), (30, 50)])
+    arguments = pastes(bank, memory, 3, 3, 18, (40, 36), generator)
+    wanted = paste_batch(images.clone(), targets.clone(), bank, *arguments)
+    last = [tensor.clone(memory_format=torch.channels_last) for tensor in (images, targets)]
+    found = paste_batch(*last, bank, *arguments)
+    for a, b, c in zip(found, last, wanted, strict=True):
+        assert a is b
+        assert torch.equal(a, c)
+    half = paste_batch(images.bfloat16(), targets.clone(), bank, *arguments)
+    torch.testing.assert_close(half[0].float(), wanted[0], atol=0.05, rtol=0.05)
+    assert torch.equal(half[1], wanted[1])
+
+
+def test_nothing_to_paste_changes_nothing():
+    images, targets, memory, bank, _ = scene(6, (40, 40), 2, [(40, 40)])
+    none = torch.zeros(0, dtype=torch.int64)
+    empty = (none, none, none, none.view(0, 2), 19, torch.zeros(0), none.view(0, 4), none.bool())
+    new, soft = paste_batch(images.clone(), targets.clone(), bank, *empty)
+    assert torch.equal(new, images)
+    assert torch.equal(soft, targets)
+    memory.entries[0].label[:] = 0
+    memory.entries[0].label[0, 0] = memory.entries[0].slot  # a single pixel
+    one, box = torch.zeros(1, dtype=torch.int64), torch.tensor([[0, 0, 40, 40]])
+    classes = torch.tensor([memory.entries[0].slot])
+    single = (one, classes, one, one.expand(1, 2), 19, torch.ones(1), box, torch.tensor([False]))
+    new, soft = paste_batch(images.clone(), targets.clone(), InstanceBank(memory), *single)
+    # its box may be larger than one pixel after the crop was enlarged, but the canvas is as large as the picture
+    assert torch.equal(new, images)
+    assert torch.equal(soft, targets)
+
+
+def test_a_crop_that_misses_the_instance_pastes_nothing():
+    images, targets, _, _, _ = scene(7, (20, 20), 1, [(20, 20)])
+    pixels, label = np.full((4, 4, 3), 200, np.uint8), np.ones((4, 4), np.uint8)
+    bank = InstanceBank(reference.Memory([reference.Entry(pixels, label, (16, 16, 4, 4), (20, 20), 1)]))
+    one = torch.zeros(1, dtype=torch.int64)
+    rest = (one + 1, one, one.expand(1, 2), 9, torch.ones(1))
+    missed = paste_batch(images.clone(), targets.clone(), bank, one, *rest, torch.tensor([[0, 0, 16, 16]]), one.bool())
+    assert torch.equal(missed[0], images)
+    hit = paste_batch(images.clone(), targets.clone(), bank, one, *rest, torch.tensor([[1, 1, 19, 19]]), one.bool())
+    assert not torch.equal(hit[0], images)
+
+
+def test_a_cell_larger_than_the_picture_is_refused():
+    images, targets, memory, bank, generator = scene(8, (20, 30), 2, [(20, 20)])
+    arguments = pastes(bank, memory, 1, 2, 10, (20, 30), generator)
+    with pytest.raises(ValueError, match="cell=21; expected a side of 1 to 20"):
+        paste_batch(images, targets, bank, *arguments[:4], 21, *arguments[5:])
+
+
+@pytest.mark.gpu
+def test_an_accelerator_gives_the_same():
+    images, targets, memory, bank, generator = scene(9, (64, 64), 4, [(60, 64), (100, 90)])
+    arguments = pastes(bank, memory, 4, 4, 31, (64, 64), generator)
+    wanted = paste_batch(images.clone(), targets.clone(), bank, *arguments)
+    found = paste_batch(images.cuda(), targets.cuda(), bank.to("cuda"), *arguments)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a.cpu(), b, atol=1e-4, rtol=1e-5)

@@ -18,7 +18,19 @@ if TYPE_CHECKING:
 __all__ = ["InstanceBank"]
 
 _TRIES = 10
-_TENSORS = ("pixels", "labels", "start", "sizes", "corners", "runs", "run_start", "run_count", "shift", "factor")
+_TENSORS = (
+    "pixels",
+    "labels",
+    "start",
+    "sizes",
+    "corners",
+    "sources",
+    "runs",
+    "run_start",
+    "run_count",
+    "shift",
+    "factor",
+)
 
 
 class InstanceBank:
@@ -34,7 +46,7 @@ class InstanceBank:
         start: (E,) first pixel of each entry in ``pixels``.
         sizes: (E, 2) height and width of the stored box.
         corners: (E, 2) first row and column of the stored box in the source picture.
-        sources: (E, 2) height and width of the source picture; always on the CPU.
+        sources: (E, 2) height and width of the source picture.
         runs: (2, 2, R) horizontal runs of the masks, in the stored box: row and first column, then the row and the
             column after it.
         run_start: (E, C) first run of a class in an entry.
@@ -60,7 +72,7 @@ class InstanceBank:
         self.runs, self.run_start, self.run_count = _index_runs([label for _, label in decoded])
         self.shift = torch.tensor(MEAN)[:, None] * 255
         self.factor = 1 / (torch.tensor(STD)[:, None] * 255)
-        self._host_count = self.run_count
+        self._host_count, self._host_sources = self.run_count, self.sources  # for draws and sizes without waiting
         self.slots: dict[int, Tensor] = {}
         for channel in sorted({entry.slot for entry in memory.entries}):
             numbers = [number for number, entry in enumerate(memory.entries) if entry.slot == channel]
@@ -146,7 +158,7 @@ class InstanceBank:
             (n, 4) int64 top, left, height, width in source pixels; (n,) bool. Both on the CPU.
         """
         draws = torch.rand(len(entries), 2 * _TRIES + 3, generator=generator, dtype=torch.float64)
-        height, width = self.sources[entries.cpu()].double().unbind(1)
+        height, width = self._host_sources[entries.cpu()].double().unbind(1)
         lower, upper = math.log(ratio[0]), math.log(ratio[1])
         area = (height * width)[:, None] * (scale[0] + (scale[1] - scale[0]) * draws[:, :_TRIES])
         aspect = torch.exp(lower + (upper - lower) * draws[:, _TRIES : 2 * _TRIES])
