@@ -86,7 +86,7 @@ class Pairs(SegData):
     def _from_list(self, path: Path) -> list[Item]:
         lines = read_text_lines(path, f"{self.name} list")
         rows = csv.DictReader(lines, skipinitialspace=True)
-        columns = rows.fieldnames or []
+        rows.fieldnames = columns = [name.strip() for name in rows.fieldnames or []]
         if not {"image", "mask"} <= set(columns):
             raise UserError(f"{self.name} list: {path}, line 1: {','.join(columns)!r}; expected the columns image,mask")
         known: dict[Path, frozenset[str]] = {}
