@@ -69,6 +69,15 @@ def test_the_second_time_no_mask_is_opened(tmp_path):
     assert (first.reads, second.reads) == (len(SETS), 0)
 
 
+def test_a_reader_keeps_what_it_found(tmp_path):
+    fill(tmp_path, SETS)
+    reader = Folder(tmp_path)
+    before = class_sets(reader, "train")
+    Image.fromarray(np.full((6, 7), 4, np.uint8)).save(tmp_path / "001.png")
+    assert class_sets(reader, "train") is before
+    assert class_sets(Folder(tmp_path), "train") != before
+
+
 def test_a_changed_mask_is_seen(tmp_path):
     fill(tmp_path, SETS)
     class_sets(Folder(tmp_path), "train")

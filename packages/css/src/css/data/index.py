@@ -26,7 +26,8 @@ def class_sets(reader: SegData, split: str, workers: int | None = None) -> list[
     """Raw class ids in each picture of a split, in the order of ``reader.items(split)``.
 
     The first call decodes every mask; later ones read one JSON file from the user's cache, unless a mask was changed,
-    added or taken away (size and time stamp of each file are compared) or the number of classes is another.
+    added or taken away (size and time stamp of each file are compared) or the number of classes is another. A reader
+    looks once: what it found holds for its whole life, so that a run keeps the pictures it began with.
 
     Args:
         reader: the data set.
@@ -39,6 +40,13 @@ def class_sets(reader: SegData, split: str, workers: int | None = None) -> list[
     Raises:
         UserError: a missing or broken mask, or one with an unknown id; names the file.
     """
+    known: dict[str, list[tuple[int, ...]]] = reader.__dict__.setdefault("_class_sets", {})
+    if split not in known:
+        known[split] = _find(reader, split, workers)
+    return known[split]
+
+
+def _find(reader: SegData, split: str, workers: int | None) -> list[tuple[int, ...]]:
     items = reader.items(split)
     if not items:
         return []

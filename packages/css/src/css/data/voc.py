@@ -10,7 +10,7 @@ from polymodal.errors import UserError
 from polymodal.paths import read_text_lines, require_files
 
 from css.data.base import Item, SegData
-from css.data.listing import check_share, need, with_share
+from css.data.listing import check_share, names_in, need, with_share
 from css.data.names import VOC_NAMES
 
 __all__ = ["VOC"]
@@ -117,10 +117,10 @@ class VOC(SegData):
         if not self.augmented:
             return plain / f"{name}.png"
         for folder in (augmented, plain):
-            if folder.is_dir():
-                known.setdefault(folder, frozenset(path.name for path in folder.iterdir()))
-                if f"{name}.png" in known[folder]:
-                    return folder / f"{name}.png"
+            if folder not in known:
+                known[folder] = names_in(folder, f"{self.name} masks", self.remedy) if folder.is_dir() else frozenset()
+            if f"{name}.png" in known[folder]:
+                return folder / f"{name}.png"
         return augmented / f"{name}.png"
 
     def _mask_remedy(self, item: Item) -> str:
