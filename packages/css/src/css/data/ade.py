@@ -25,7 +25,8 @@ class ADE20K(SegData):
     ``<root>/[ADEChallengeData2016/]images/{training,validation}/*.jpg`` and
     ``annotations/{training,validation}/*.png`` with 0 = other, 1..150. Id 0 stays background; it is not ignored. The
     official validation set is the test set, as in all published work; validation pictures are held out of the
-    training set.
+    training set. The published index of 100-50 lists all 20,210 pictures in step 0, that of 100-10 lists 20,192 for the
+    same classes; the rule of ``overlap`` (at least one pixel of a class of the step) gives 20,192, and is followed.
 
     Args:
         root: ``ADEChallengeData2016`` or the folder that holds it.
