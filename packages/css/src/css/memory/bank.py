@@ -61,7 +61,7 @@ class InstanceBank:
         counts = [label.size for _, label in decoded]
         blocks = [np.dstack([image, np.zeros_like(label)]).reshape(-1, 4) for image, label in decoded]
         colours = np.concatenate([np.zeros((0, 4), np.uint8), *blocks])
-        self.pixels = torch.from_numpy(colours).view(torch.int32)[:, 0].contiguous()
+        self.pixels = torch.from_numpy(colours.view(np.int32).ravel())
         self.labels = torch.from_numpy(
             np.concatenate([np.zeros(0, np.uint8), *(label.ravel() for _, label in decoded)])
         )
