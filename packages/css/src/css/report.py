@@ -19,15 +19,17 @@ from css.task import Task
 
 __all__ = [
     "SCHEMA_VERSION",
+    "SCORES",
     "ClassScore",
     "StepReport",
     "class_table",
     "closing_table",
-    "final_metrics",
-    "forgetting_by_class",
+    "over_steps",
     "read_confusion",
+    "read_report",
     "read_reports",
     "write_confusion",
+    "write_report",
 ]
 
 SCHEMA_VERSION = 1
@@ -86,55 +88,53 @@ class StepReport:
     confusion: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     @classmethod
-    def from_confusion(
-        cls, confusion: np.ndarray, task: Task, names: Sequence[str], step: int, images: int = 0
+    def of(
+        cls,
+        confusion: np.ndarray,
+        task: Task,
+        names: Sequence[str],
+        step: int,
+        base: int | None = None,
+        images: int = 0,
     ) -> StepReport:
         """Scores of a confusion matrix.
 
         Args:
-            confusion: (S, S) counts, rows truth, S = background and every class seen up to ``step``.
-            task: which classes belong to which step.
+            confusion: (S, S) counts, rows truth; S - 1 classes in learning order and the background.
+            task: which classes belong to which step. Joint training has all classes in its only step; it is reported
+                with the steps of the continual task that it is compared with.
             names: class names by raw id: ``names[raw - 1]``.
             step: the step after which the pictures were segmented.
+            base: number of base classes; default: those of the task.
             images: number of pictures.
 
         Raises:
-            ValueError: a matrix of another size.
+            ValueError: a matrix that is not square or has more classes than the task.
         """
         matrix = np.asarray(confusion)
-        channels = task.num_channels(step)
-        if matrix.shape != (channels, channels):
-            raise ValueError(f"confusion matrix {matrix.shape} after step {step} of {task.name}; expected {channels}²")
-        base = task.num_channels(0) - 1
+        channels = len(matrix)
+        if matrix.shape != (channels, channels) or not 1 <= channels <= task.num_classes + 1:
+            raise ValueError(f"confusion matrix {matrix.shape}; expected (S, S), 1 <= S <= {task.num_classes + 1}")
+        base = min(task.num_channels(0) - 1 if base is None else base, channels - 1)
         scores = metrics.segmentation_report(matrix, base, channels - 1 - base)
-        iou = [float(value) for value in metrics.class_iou(matrix)]
+        iou = [float(value) for value in scores["classes"]]
         classes = tuple(
             ClassScore(names[task.raw(channel) - 1], task.raw(channel), channel, origin, iou[channel])
-            for origin in range(step + 1)
+            for origin in range(task.num_steps)
             for channel in task.channels(origin)
+            if channel < channels
         )
-        later = {key: float(scores[key]) if step else math.nan for key in ("new", "harmonic")}
-        return cls(
-            step,
-            task.name,
-            classes,
-            iou[0],
-            float(scores["old"]),
-            later["new"],
-            float(scores["all"]),
-            later["harmonic"],
-            images,
-            matrix,
-        )
+        means = {key: float(scores[key]) for key in SCORES}
+        return cls(step, task.name, classes, iou[0], **means, images=images, confusion=matrix)
 
     @property
     def iou(self) -> np.ndarray:
         """(S,) percent by channel, background first."""
         return np.array([self.background_iou, *(score.iou for score in self.classes)])
 
-    def metrics(self, prefix: str = "test") -> dict[str, float]:
-        """``<prefix>/miou_old`` and so on, without those that the step does not have."""
-        values = {f"{prefix}/miou_{key}": getattr(self, key) for key in SCORES}
+    def metrics(self) -> dict[str, float]:
+        """``miou_old``, ``miou_new``, ``miou_all``, ``miou_harmonic``, without those that the step does not have."""
+        values = {f"miou_{key}": getattr(self, key) for key in SCORES}
         return {name: value for name, value in values.items() if not math.isnan(value)}
 
     def to_json(self) -> dict[str, Any]:
@@ -165,33 +165,41 @@ class StepReport:
             step, task, background = int(stored["step"]), str(stored["task"]), float(stored["background_iou"])
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"not a report of css: {error}; evaluate the step again with css-eval") from error
-        return cls(
-            step, task, classes, background, old, new, every, harmonic, int(stored.get("images", 0)), confusion
-        )
+        return cls(step, task, classes, background, old, new, every, harmonic, int(stored.get("images", 0)), confusion)
 
-    def write(self, folder: Path) -> None:
-        """Write ``report.json`` and, where there is a matrix, ``confusion.json`` into a step folder."""
-        if self.confusion is not None:
-            write_confusion(folder / CONFUSION_FILE, self.confusion)
-        write_json(folder / REPORT_FILE, self.to_json())
 
-    @classmethod
-    def read(cls, folder: Path) -> StepReport:
-        """The report of a step folder, with its matrix where that is there.
+def write_report(folder: Path, report: StepReport, confusion: np.ndarray | None = None) -> None:
+    """Write ``report.json`` and ``confusion.json`` into a step folder.
 
-        Raises:
-            UserError: no report there, or a damaged one.
-        """
-        path, matrix = folder / REPORT_FILE, folder / CONFUSION_FILE
-        try:
-            return cls.from_json(_read_json(path), read_confusion(matrix) if matrix.is_file() else None)
-        except UserError as error:
-            raise error if str(path) in str(error) or str(matrix) in str(error) else UserError(f"{path}: {error}")
+    Args:
+        folder: it must exist.
+        report: the scores.
+        confusion: (S, S) counts; default: those of the report.
+    """
+    matrix = report.confusion if confusion is None else confusion
+    if matrix is not None:
+        write_confusion(folder / CONFUSION_FILE, matrix)
+    write_json(folder / REPORT_FILE, report.to_json())
+
+
+def read_report(folder: Path) -> StepReport:
+    """The report of a step folder, with its confusion matrix where that is there.
+
+    Raises:
+        UserError: no report there, or a damaged one.
+    """
+    path, matrix = folder / REPORT_FILE, folder / CONFUSION_FILE
+    stored = _read_json(path)
+    confusion = read_confusion(matrix) if matrix.is_file() else None
+    try:
+        return StepReport.from_json(stored, confusion)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def read_reports(steps: Path) -> list[StepReport]:
     """Reports of all finished steps below ``run.folder/steps``, in their order."""
-    return [StepReport.read(path.parent) for path in sorted(steps.glob(f"*/{REPORT_FILE}"))]
+    return [read_report(path.parent) for path in sorted(steps.glob(f"*/{REPORT_FILE}"))]
 
 
 # ------------------------------------------------------------------ confusion matrix
@@ -245,60 +253,53 @@ def _or_nan(value: float | None) -> float:
 # ------------------------------------------------------------------ over steps
 
 
-def forgetting_by_class(reports: Sequence[StepReport]) -> dict[int, float]:
-    """Best earlier IoU minus final IoU of each class seen before the last step, by channel, in points of percent.
+def over_steps(reports: Sequence[StepReport]) -> dict[str, float]:
+    """What only several steps have: ``forgetting`` (mean over the classes of earlier steps) and ``miou_avg``.
 
-    Source: eir.md 4.3. Negative where a class got better than it ever was.
+    Args:
+        reports: of the steps in their order, at least one.
+
+    Returns:
+        ``miou_avg``, the mean over steps of ``all``; from the second step on also ``forgetting``. Points of percent.
+
+    Source: eir.md 4.3.
     """
-    if len(reports) < 2:
-        return {}
-    fallen = np.asarray(metrics.forgetting([report.iou for report in reports]), dtype=float)
-    earlier = len(reports[-2].classes)
-    return {channel: float(fallen[channel]) for channel in range(1, earlier + 1)}
-
-
-def final_metrics(reports: Sequence[StepReport], prefix: str = "test") -> dict[str, float]:
-    """Metrics of a whole run: those of the last step, mean forgetting and the average of ``all`` over steps."""
-    found = reports[-1].metrics(prefix)
-    fallen = forgetting_by_class(reports)
-    if fallen:
-        found[f"{prefix}/forgetting"] = sum(fallen.values()) / len(fallen)
-    found[f"{prefix}/miou_avg"] = sum(report.all for report in reports) / len(reports)
+    found = {"miou_avg": metrics.average_over_steps([report.all for report in reports])}
+    if len(reports) > 1:
+        found["forgetting"] = metrics.mean_forgetting([report.iou for report in reports])
     return found
 
 
-def closing_table(reports: Sequence[StepReport], task: Task, names: Sequence[str]) -> str:
+def closing_table(reports: Sequence[StepReport]) -> str:
     """IoU of every class after each step, then old, new, all, harmonic; forgetting in the last column.
 
     Args:
         reports: of the steps in their order; at least one.
-        task: the task.
-        names: class names by raw id.
 
     Returns:
         An aligned Markdown table with a line of explanation. Beyond 40 classes a row is the mean of a step's classes.
     """
-    last, fallen = reports[-1], forgetting_by_class(reports)
+    last, lost = reports[-1], metrics.forgetting([report.iou for report in reports])
     header = ["class", "learnt in", *(f"after {report.step}" for report in reports)]
     rows = [["background", _DASH, *(_percent(report.background_iou) for report in reports)]]
-    groups = _rows_of(last, task, names)
+    groups = _row_groups(last)
     for name, origin, channels in groups:
         rows.append([name, str(origin), *(_percent(_mean(report.iou, channels)) for report in reports)])
     scores = [[key, _DASH, *(_percent(getattr(report, key)) for report in reports)] for key in SCORES]
     notes = ["IoU in percent; old: background and base classes; all: background and all classes seen."]
-    if fallen:
+    if len(reports) > 1:
         header.append("forgetting")
-        column = [[fallen[c] for c in channels if c in fallen] for _, _, channels in groups]
-        cells = [_DASH, *(_percent(sum(v) / len(v)) if v else _DASH for v in column)]
-        rows = [[*row, cell] for row, cell in zip(rows, cells, strict=True)]
-        mean = sum(fallen.values()) / len(fallen)
-        scores = [[*row, _percent(mean) if row[0] == "all" else _DASH] for row in scores]
-        average = sum(report.all for report in reports) / len(reports)
+        rows = [
+            [*row, _percent(_mean(lost, channels))]
+            for row, channels in zip(rows, [(0,), *(channels for _, _, channels in groups)], strict=True)
+        ]
+        summary = over_steps(reports)
+        scores = [[*row, _percent(summary["forgetting"]) if row[0] == "all" else _DASH] for row in scores]
         notes.append(
-            f"forgetting: best earlier IoU - final IoU (mean over {len(fallen)} classes: {mean:.1f}); "
-            f"average of all over steps: {average:.1f}"
+            f"forgetting: best earlier IoU - final IoU; its mean over the {len(lost) - 1} classes of earlier steps "
+            f"stands in row all. Average of all over steps: {summary['miou_avg']:.1f}."
         )
-    return markdown(header, rows + scores) + "\n\n" + "\n".join(notes)
+    return markdown(header, rows + scores) + "\n\n" + "\n".join(notes) + "\n"
 
 
 def class_table(report: StepReport) -> str:
@@ -306,21 +307,23 @@ def class_table(report: StepReport) -> str:
     rows = [["background", "0", _DASH, _percent(report.background_iou)]]
     rows += [[score.name, str(score.raw), str(score.step), _percent(score.iou)] for score in report.classes]
     rows += [[key, _DASH, _DASH, _percent(getattr(report, key))] for key in SCORES]
-    return markdown(["class", "id", "learnt in", "IoU (%)"], rows)
+    return markdown(["class", "id", "learnt in", "IoU (%)"], rows) + "\n"
 
 
-def _rows_of(report: StepReport, task: Task, names: Sequence[str]) -> list[tuple[str, int, Sequence[int]]]:
+def _row_groups(report: StepReport) -> list[tuple[str, int, Sequence[int]]]:
     """(text, step, channels) of each row between background and the means."""
-    steps = [origin for origin in range(report.step + 1) if len(task.channels(origin))]
-    if len(report.classes) > MAX_ROWS:
-        return [(f"step {s}: {len(task.channels(s))} classes", s, task.channels(s)) for s in steps]
-    return [(names[task.raw(c) - 1], s, (c,)) for s in steps for c in task.channels(s)]
+    if len(report.classes) <= MAX_ROWS:
+        return [(score.name, score.step, (score.channel,)) for score in report.classes]
+    steps: dict[int, list[int]] = {}
+    for score in report.classes:
+        steps.setdefault(score.step, []).append(score.channel)
+    return [(f"step {step}: {len(channels)} classes", step, channels) for step, channels in steps.items()]
 
 
 def _mean(iou: np.ndarray, channels: Sequence[int]) -> float:
-    """Mean IoU of channels; NaN where the step did not know them yet."""
+    """Mean over channels; NaN where they were not known yet."""
     return float(np.mean(iou[list(channels)])) if max(channels) < len(iou) else math.nan
 
 
 def _percent(value: float) -> str:
-    return _DASH if math.isnan(value) else f"{value:.1f}"
+    return _DASH if math.isnan(value) else f"{round(value, 1) + 0.0:.1f}"
