@@ -33,6 +33,7 @@ class CSSModule(TaskModule):
     Attributes:
         confusion: (channels, channels) counts of the last evaluated split, rows are the truth.
         fitted_steps: optimizer steps of the fit.
+        val_metrics: the last validation's, where there is a validation split.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class CSSModule(TaskModule):
         self.total_steps, self.meta = total_steps, meta or {}
         self.confusion: np.ndarray | None = None
         self.fitted_steps = 0
+        self.val_metrics: dict[str, float] = {}
 
     # ------------------------------------------------------------------ what the shared layer asks for
 
@@ -92,6 +94,11 @@ class CSSModule(TaskModule):
         """Remember the length of the fit."""
         self.fitted_steps = self.trainer.global_step
 
+    def on_validation_epoch_end(self) -> None:
+        """Validation metrics; kept, because rates are picked by the last ones."""
+        super().on_validation_epoch_end()
+        self.val_metrics = dict(self.last_metrics)
+
     def on_test_epoch_end(self) -> None:
         """Test metrics, with the step as their x-axis."""
         super().on_test_epoch_end()
@@ -100,6 +107,11 @@ class CSSModule(TaskModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say what the weights belong to."""
         checkpoint["css"] = self.meta
+        checkpoint["css_val"] = self.val_metrics
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A run that goes on after its last validation still knows what came out."""
+        self.val_metrics = dict(checkpoint.get("css_val", {}))
 
     def configure_optimizers(self) -> Any:
         """SGD in four groups (backbone, neck, old heads, new head) with a schedule per optimizer step."""

@@ -256,7 +256,7 @@ class Job:
         predictions_grid(folder / "predictions.png", module, data, names, self.task)
         total = offset + module.fitted_steps
         run.log({**_tested(over_steps([*earlier, report])), "task": float(step)}, total)
-        write_done(run.folder, step, {"optimizer_steps": total})
+        write_done(run.folder, step, {"optimizer_steps": total, "val": module.val_metrics})
 
     def finish(self, run: Run, reports: list[StepReport]) -> dict[str, float]:
         """Pictures over all steps; the final metrics."""
@@ -267,7 +267,8 @@ class Job:
         iou_matrix(path, reports, f"{self.config.method}, {self.config.data.name} {self.config.task}")
         last = step_folder(run.folder, len(reports) - 1) / "predictions.png"
         shutil.copyfile(last, path.with_name("predictions.png"))
-        return _tested(reports[-1].metrics() | over_steps(reports))
+        done = step_done(run.folder, len(reports) - 1) or {}
+        return _tested(reports[-1].metrics() | over_steps(reports)) | done.get("val", {})
 
     def show(self, run: Run, reports: list[StepReport]) -> None:
         """The closing table, the run folder, the command that shows more, the W&B upload command."""
