@@ -95,6 +95,8 @@ class CSSConfig(RunConfig):
     """see --list-methods"""
     method_options: dict[str, Any] = field(default_factory=dict)
     """options of the method, e.g. {threshold: 0.5}"""
+    defaults_by_method: dict[str, Any] = field(default_factory=dict)
+    """options of methods by their names, from a preset; method_options wins"""
     later_epochs: int = 0
     """epochs of later steps (0: trainer.max_epochs)"""
     data: SegData = field(default_factory=Shapes, metadata={"class_typed": True})
@@ -103,3 +105,14 @@ class CSSConfig(RunConfig):
     network: NetworkConfig = field(default_factory=NetworkConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+
+    def options_of_method(self) -> dict[str, Any]:
+        """Options of the chosen method: the preset's for this method, then those given.
+
+        Raises:
+            UserError: the preset's are no mapping.
+        """
+        found = self.defaults_by_method.get(self.method) or {}
+        if not isinstance(found, dict):
+            raise UserError(f"defaults_by_method.{self.method}={found!r}; expected a mapping of options")
+        return {**found, **self.method_options}

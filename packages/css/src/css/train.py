@@ -103,7 +103,7 @@ class Job:
 
     def __init__(self, config: CSSConfig) -> None:
         self.config = config
-        self.method: Method = METHODS.create(config.method, **config.method_options)
+        self.method: Method = METHODS.create(config.method, **config.options_of_method())
         self.named_task = make_task(config)
         self.task = make_task(config, offline=True) if self.method.offline else self.named_task
         self.base = len(self.named_task.steps[0])
@@ -122,7 +122,7 @@ class Job:
             "step": step,
             "channels": [len(ids) for ids in self.task.steps[: step + 1]],
             "method": config.method,
-            "method_options": to_dict(config.method_options),
+            "method_options": to_dict(config.options_of_method()),
             "network": to_dict(config.network),
             "class_names": config.data.class_names(),
             "crop": config.loader.crop,
@@ -139,7 +139,7 @@ class Job:
         reader, config = self.config.data, self.config
         sizes, ids = reader.class_sets("train"), [item.id for item in reader.items("train")]
         lines = [f"data     {reader.name}: {len(ids)} training, {len(reader.items('test'))} test pictures"]
-        lines += [f"method   {config.method} {config.method_options or ''}".rstrip(), f"network  {count:,} parameters"]
+        lines += [f"method   {config.method} {config.options_of_method() or ''}".rstrip(), f"network  {count:,} parameters"]
         names = reader.class_names()
         for step, classes in enumerate(self.task.steps):
             chosen = select_train(self.task, sizes, config.setting, step, ids=ids, seed=config.seed)
