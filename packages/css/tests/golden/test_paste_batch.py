@@ -116,6 +116,23 @@ def test_a_call_may_fill_several_cells_of_a_picture():
     torch.testing.assert_close(found[1], wanted[1], atol=1e-6, rtol=1e-6)
 
 
+def test_lengths_that_stay_or_double_follow_torch():
+    one, none = torch.zeros(1, dtype=torch.int64), torch.tensor([False])
+    rng, doubled = np.random.default_rng(0), 0
+    for tall in range(2, 14):
+        pixels = rng.integers(0, 256, (tall, 2, 3), np.uint8)
+        memory = reference.Memory([reference.Entry(pixels, np.ones((tall, 2), np.uint8), (1, 1, tall, 2), (40, 40), 1)])
+        images, targets = torch.zeros(1, 3, 40, 40), torch.zeros(1, 2, 40, 40)
+        for cell in range(tall, 41):
+            doubled += tall * cell // (tall + 1) == 2 * tall and cell != 2 * tall + 2
+            box = torch.tensor([[0, 0, 40, 40]])
+            arguments = (one, one + 1, one, one.expand(1, 2), cell, torch.ones(1), box, none)
+            wanted = slow(images, targets, memory, *arguments)
+            found = paste_batch(images.clone(), targets.clone(), InstanceBank(memory), *arguments)
+            torch.testing.assert_close(found[0], wanted[0], atol=1e-5, rtol=1e-5)
+    assert doubled > 5
+
+
 def test_published_sizes():
     images, targets, memory, bank, generator = scene(2, (512, 512), 2, [(375, 500), (500, 333), (1200, 900)])
     for entry in memory.entries:

@@ -97,3 +97,13 @@ def test_what_does_not_fit_is_refused(tmp_path, task):
     path.write_text(json.dumps(index))
     with pytest.raises(UserError, match="is damaged"):
         load_memory("images", tmp_path / "m", **facts)
+
+
+def test_a_picture_that_is_gone_is_named_and_nothing_is_left(tmp_path, task):
+    reader = toy.write(tmp_path / "data", BOTH)
+    reader.items("train")
+    gone = reader.item("both").image
+    gone.unlink()
+    with pytest.raises(UserError, match=f"both: {gone} is missing"):
+        make(tmp_path / "m", reader, task)
+    assert [p.name for p in tmp_path.iterdir()] == ["data"]

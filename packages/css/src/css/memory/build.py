@@ -313,7 +313,13 @@ def _index(
 
 
 def _source_bytes(item: Item) -> int:
-    return item.image.stat().st_size + item.mask.stat().st_size
+    sizes = []
+    for path in (item.image, item.mask):
+        try:
+            sizes.append(path.stat().st_size)
+        except OSError as error:
+            raise UserError(f"{item.id}: {path} is missing; copy it again from the data set") from error
+    return sum(sizes)
 
 
 def _file_name(step: int, name: str) -> str:

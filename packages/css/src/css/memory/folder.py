@@ -64,7 +64,8 @@ def replace_folder(folder: Path, write: Callable[[Path], dict[str, Any]]) -> Non
         unfinished.rename(folder)
         shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
-        raise UserError(f"memory {folder}: cannot be written ({error.strerror}); free some space and resume") from error
+        reason = error.strerror or error
+        raise UserError(f"memory {folder}: cannot be written ({reason}); free some space and resume") from error
     finally:
         recover(folder)
 

@@ -122,10 +122,10 @@ def paste_instance(
     down, across = where.shape
     i = origin[0] if origin[0] + down <= height else height - 1 - down
     j = origin[1] if origin[1] + across <= width else width - 1 - across
-    share = torch.tensor(lam, dtype=image.dtype, device=image.device)
+    share = torch.as_tensor(lam, dtype=image.dtype, device=image.device)
     pixels = image[:, i : i + down, j : j + across]
     pixels.copy_(torch.where(where, share * small.to(image.dtype) + (1 - share) * pixels, pixels))
-    share = torch.tensor(lam, dtype=soft_target.dtype, device=soft_target.device)
+    share = torch.as_tensor(lam, dtype=soft_target.dtype, device=soft_target.device)
     target = soft_target[:, i : i + down, j : j + across]
     mixed = (1 - share) * target
     mixed[cls] += share
@@ -289,14 +289,12 @@ def _under_mask(
     bank: InstanceBank, entries: Tensor, classes: Tensor, crops: _Crops, places: Tensor, used: Tensor
 ) -> tuple[Tensor, ...]:
     """(p,) paste, row and column in the resized box of every pixel under the mask of its class."""
-    spots = crops.nearest(places)
-    inside = used & (spots >= 0) & (spots < crops.stored[..., None])
-    y, x = torch.where(inside, spots, 0)
+    y, x = torch.where(used, crops.nearest(places), 0)  # the extent of a mask lies within its stored box
     base = y * crops.stored[1, :, None] + bank.start[entries][:, None]
     flat = base[:, :, None] + x[:, None, :]
     hit = bank.labels.index_select(0, flat.flatten()).view_as(flat) == classes.to(torch.uint8)[:, None, None]
-    hit &= inside[0, :, :, None]
-    hit &= inside[1, :, None, :]
+    hit &= used[0, :, :, None]
+    hit &= used[1, :, None, :]
     return hit.nonzero(as_tuple=True)
 
 
