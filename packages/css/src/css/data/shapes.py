@@ -43,6 +43,7 @@ class Shapes(SegData):
         classes: the first so many of the eight shapes, 2..8.
         noise: standard deviation of the pixel noise, 0..1 in units of the full brightness.
         scatter: standard deviation of a shape's colour about its class's, 0..1; less makes classes easier to tell.
+        most: most shapes a picture, 1..3; with 1, classes never meet, and nothing of an old class is in new pictures.
         world_seed: seed of the pictures; the seed of a run does not change the data.
     """
 
@@ -51,6 +52,7 @@ class Shapes(SegData):
     classes: int = 4
     noise: float = 0.06
     scatter: float = 0.11
+    most: int = 3
     world_seed: int = 0
 
     name: ClassVar[str] = "shapes"
@@ -71,6 +73,8 @@ class Shapes(SegData):
         for name in ("noise", "scatter"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name}={getattr(self, name)}; expected 0..1 in units of the full brightness")
+        if not 1 <= self.most <= 3:
+            raise UserError(f"most={self.most}; expected 1..3 shapes a picture")
         return {
             "version": _WORLD_VERSION,
             "seed": self.world_seed,
@@ -79,6 +83,7 @@ class Shapes(SegData):
             "classes": self.classes,
             "noise": self.noise,
             "scatter": self.scatter,
+            "most": self.most,
         }
 
     def world(self) -> Path:

@@ -16,7 +16,6 @@ from css.data.shapes import KINDS
 
 __all__ = ["LOOKS", "Look", "draw_picture", "outline", "write_world"]
 
-_MOST = 3
 _PLACES = 20
 _COVERED = 0.15
 """largest share of an earlier shape that a later one may hide"""
@@ -128,9 +127,9 @@ def _place(kind: str, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.nd
 
 
 def draw_picture(
-    classes: int, size: int, noise: float, scatter: float, rng: np.random.Generator
+    classes: int, size: int, noise: float, scatter: float, rng: np.random.Generator, most: int = 3
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One picture with one to three shapes of any classes.
+    """One picture with one to ``most`` shapes of any classes.
 
     Args:
         classes: number of classes to draw from.
@@ -138,13 +137,14 @@ def draw_picture(
         noise: standard deviation of the pixel noise, 0..1.
         scatter: standard deviation of a shape's colour about that of its class, 0..1.
         rng: generator of this picture.
+        most: most shapes.
 
     Returns:
         Picture (size, size, 3) uint8 and mask (size, size) uint8 with raw ids.
     """
     picture = _background(size, rng)
     mask = np.zeros((size, size), np.uint8)
-    for _ in range(int(rng.integers(1, _MOST + 1))):
+    for _ in range(int(rng.integers(1, most + 1))):
         label = int(rng.integers(1, classes + 1))
         kind = KINDS[label - 1]
         placed = _place(kind, mask, rng)
@@ -177,7 +177,7 @@ def write_world(folder: Path, options: dict[str, Any]) -> None:
             name = f"shapes-{split}-{number:05d}"
             rng = numpy_rng(options["seed"], "picture", name)
             numbers = (options[name] for name in ("classes", "size", "noise", "scatter"))
-            picture, mask = draw_picture(*numbers, rng)
+            picture, mask = draw_picture(*numbers, rng, options["most"])
             Image.fromarray(picture).save(folder / split / "images" / f"{name}.png", compress_level=1)
             indexed = Image.fromarray(mask)
             indexed.putpalette(colours)
