@@ -17,6 +17,8 @@ from css.data.shapes import KINDS
 __all__ = ["LOOKS", "Look", "draw_picture", "outline", "write_world"]
 
 _PLACES = 20
+_DRAWN = ("classes", "size", "noise", "scatter")
+"""options that a picture depends on, beside the seed"""
 _COVERED = 0.15
 """largest share of an earlier shape that a later one may hide"""
 _RADIUS = (0.14, 0.25)
