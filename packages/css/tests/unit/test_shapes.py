@@ -20,8 +20,8 @@ def _cache(tmp_path, monkeypatch):
     monkeypatch.setenv("POLYMODAL_CACHE", str(tmp_path / "cache"))
 
 
-def pictures(count, classes=4, noise=0.06, scatter=0.11, size=64):
-    return [draw_picture(classes, size, noise, scatter, numpy_rng(0, "test", i)) for i in range(count)]
+def pictures(count, classes=4, noise=0.06, scatter=0.11, size=64, most=3):
+    return [draw_picture(classes, size, noise, scatter, numpy_rng(0, "test", i), most) for i in range(count)]
 
 
 def test_every_class_has_an_outline_of_its_own_within_its_circle():
@@ -62,6 +62,11 @@ def test_pictures_show_one_to_three_shapes_of_any_classes_together():
     assert 0.25 < np.mean([1 in found or 2 in found for found in later]) < 0.85  # old classes in pictures of a new one
     share = np.mean([mask > 0 for mask in masks])
     assert 0.05 < share < 0.35
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_fewer_shapes_a_picture(most):
+    assert {len(np.unique(mask[mask > 0])) for _, mask in pictures(60, most=most)} == set(range(1, most + 1))
 
 
 def test_colour_alone_tells_classes_poorly_but_better_than_chance():
@@ -124,6 +129,7 @@ def test_each_set_of_options_has_a_folder_and_a_fingerprint():
         {"classes": 5},
         {"noise": 0.1},
         {"scatter": 0.0},
+        {"most": 1},
         {"world_seed": 3},
         {"images": (12, 4, 7)},
     ]
@@ -164,6 +170,7 @@ def test_writers_at_the_same_time_do_no_harm():
         ({"classes": 9}, "expected 2..8"),
         ({"noise": -0.1}, "noise=-0.1"),
         ({"scatter": 2.0}, "scatter=2.0"),
+        ({"most": 4}, "most=4"),
     ],
 )
 def test_options_out_of_range(options, words):

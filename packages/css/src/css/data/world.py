@@ -17,7 +17,7 @@ from css.data.shapes import KINDS
 __all__ = ["LOOKS", "Look", "draw_picture", "outline", "write_world"]
 
 _PLACES = 20
-_DRAWN = ("classes", "size", "noise", "scatter")
+_DRAWN = ("classes", "size", "noise", "scatter", "most")
 """options that a picture depends on, beside the seed"""
 _COVERED = 0.15
 """largest share of an earlier shape that a later one may hide"""
@@ -178,8 +178,7 @@ def write_world(folder: Path, options: dict[str, Any]) -> None:
         for number in range(count):
             name = f"shapes-{split}-{number:05d}"
             rng = numpy_rng(options["seed"], "picture", name)
-            numbers = (options[name] for name in ("classes", "size", "noise", "scatter"))
-            picture, mask = draw_picture(*numbers, rng, options["most"])
+            picture, mask = draw_picture(**{key: options[key] for key in _DRAWN}, rng=rng)
             Image.fromarray(picture).save(folder / split / "images" / f"{name}.png", compress_level=1)
             indexed = Image.fromarray(mask)
             indexed.putpalette(colours)
