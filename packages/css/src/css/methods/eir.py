@@ -34,7 +34,7 @@ class PastePlan:
         pictures: number in the batch.
         classes: channel of the pasted object.
         cells: place of the cell in the picture's ranking.
-        rounds: pastes of one round are on different pictures and are done together.
+        rounds: pastes of one round are in different cells and are done together.
     """
 
     pictures: list[int] = field(default_factory=list)
@@ -237,7 +237,8 @@ class EIR(PseudoLabels):
                 plan.pictures.append(picture)
                 plan.classes.append(cls)
                 plan.cells.append(0 if first else place)
-                plan.rounds.append(place)
+                # Different cells do not touch: only pastes into one and the same cell must follow each other.
+                plan.rounds.append(place if self.fill_position == "first" else 0)
         return plan
 
     def entries(self, bank: InstanceBank, classes: Sequence[int], generator: torch.Generator) -> Tensor:
