@@ -21,7 +21,7 @@ NAMES = {
     "packages/css": ("polymodal-css", "css"),
     "packages/missing_modal": ("polymodal-missing-modal", "missing_modal"),
 }
-HERE = {"shared", "packages/slt"}
+HERE = {"shared", "packages/slt", "packages/css"}
 
 
 @pytest.mark.parametrize("folder", NAMES)
@@ -56,6 +56,17 @@ PROMISED = {
     ("slt", "omit_last"): ["words", "rate", "u"],
     ("slt", "bleu"): ["references", "hypotheses", "level"],
     ("slt", "rouge_l"): ["references", "hypotheses", "level", "variant"],
+    ("css", "Task"): ["name", "num_classes"],
+    ("css", "pseudo_label"): ["labels", "old_logits", "threshold"],
+    ("css", "soft_binary_loss"): ["logits", "soft_target"],
+    ("css", "region_distillation"): ["new_logits", "old_logits", "labels", "variant"],
+    ("css", "rank_cells"): ["foreground_mask", "cell"],
+    ("css", "paste_instance"): [
+        *("image", "soft_target", "instance", "mask", "cls", "origin", "cell", "lam"),
+    ],
+    ("css", "balanced_sample"): ["candidates", "budget", "class_order"],
+    ("css", "predict"): ["logits"],
+    ("css", "segmentation_report"): ["confusion", "base_classes", "later_classes"],
 }
 
 
@@ -75,23 +86,26 @@ def test_ssaw_has_the_promised_submodules() -> None:
     assert module.type_embedding.shape == (2, 8)
 
 
-@pytest.mark.parametrize("preset", cli.preset_names("slt"))
-def test_presets_parse_round_trip_and_name_their_command(preset: str, tmp_path: Path) -> None:
-    from slt.data import READERS
-    from slt.settings import SLTConfig
+CONFIGS = {"slt": "slt.settings:SLTConfig", "css": "css.settings:CSSConfig"}
 
-    text = (importlib.resources.files("slt") / "configs" / f"{preset}.yaml").read_text()
-    assert text.startswith("# slt-train")
+
+@pytest.mark.parametrize(("package", "preset"), [(p, name) for p in CONFIGS for name in cli.preset_names(p)])
+def test_presets_parse_round_trip_and_name_their_command(package: str, preset: str, tmp_path: Path) -> None:
+    module, _, name = CONFIGS[package].partition(":")
+    config_class = getattr(importlib.import_module(module), name)
+    readers = {"data": importlib.import_module(f"{package}.data").READERS}
+    text = (importlib.resources.files(package) / "configs" / f"{preset}.yaml").read_text()
+    assert text.startswith(f"# {package}-train")
     assert "# Data" in text
-    config = cli.parse_config(SLTConfig, ["--config", preset], presets="slt", choices={"data": READERS})
+    config = cli.parse_config(config_class, ["--config", preset], presets=package, choices=readers)
     (tmp_path / "config.yaml").write_text(to_yaml(config))
-    again = cli.parse_config(SLTConfig, ["--config", str(tmp_path)], presets="slt", choices={"data": READERS})
+    again = cli.parse_config(config_class, ["--config", str(tmp_path)], presets=package, choices=readers)
     assert again == config
 
 
-def test_default_presets_exist() -> None:
-    from slt.data import READERS
-    from slt.train import DEFAULT_PRESETS
-
-    assert set(DEFAULT_PRESETS.values()) <= set(cli.preset_names("slt"))
-    assert set(DEFAULT_PRESETS) - {""} <= set(READERS)
+@pytest.mark.parametrize("package", CONFIGS)
+def test_default_presets_exist(package: str) -> None:
+    readers = importlib.import_module(f"{package}.data").READERS
+    defaults = importlib.import_module(f"{package}.train").DEFAULT_PRESETS
+    assert set(defaults.values()) <= set(cli.preset_names(package))
+    assert set(defaults) - {""} <= set(readers)

@@ -1,7 +1,7 @@
 """Every snippet of the READMEs runs: Python blocks as they are, commands through this environment's console scripts.
 
 Blocks marked ``no-run`` need data or hours; their options are checked by the commands' own parsers where possible.
-The first screen's ``uv run slt-train`` is the default run (slow); ``uv run pytest`` is this.
+A training command without argument is its default run (slow); ``uv run pytest`` is this.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ ROOT = Path(__file__).parent.parent
 FILES = ["README.md", "CONTRIBUTING.md", "shared/README.md", "docs/questions.md", "docs/reproducing.md"]
 FILES += [str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("packages/*/README.md"))]
 BLOCK = re.compile(r"^```(\w+)( no-run)?\n(.*?)^```", re.M | re.S)
-PROGRAMS = ("slt-train", "slt-eval", "slt-translate", "slt-data", "polymodal")
+SLT = ("slt-train", "slt-eval", "slt-translate", "slt-data")
+CSS = ("css-train", "css-eval", "css-predict", "css-data")
+PROGRAMS = (*SLT, *CSS, "polymodal")
+SHORT = ("--fusion", "--epochs", "--model", "--help")
 
 
 def blocks() -> list[tuple[str, str, bool, str]]:
@@ -73,17 +76,18 @@ def test_command_snippets_run(tmp_path: Path) -> None:
     wanted = [
         words for _, language, skip, text in blocks() if language == "bash" and not skip for words in commands(text)
     ]
-    wanted = [words for words in wanted if words != ["slt-train"]]  # the default run: test_default_run
+    wanted = [words for words in wanted if words[1:] or not words[0].endswith("-train")]  # default runs: test_default_run
     # Training first, so that the reports find runs; each different command once.
-    unique = sorted({tuple(words) for words in wanted}, key=lambda words: words[0] != "slt-train")
-    assert ("slt-train", "--config", "smoke") in unique
+    unique = sorted({tuple(words) for words in wanted}, key=lambda words: not words[0].endswith("-train"))
+    assert {("slt-train", "--config", "smoke"), ("css-train", "--config", "smoke")} <= set(unique)
     for words in unique:
         call(list(words), tmp_path)
 
 
 @pytest.mark.slow
-def test_default_run(tmp_path: Path) -> None:
-    call(["slt-train"], tmp_path, timeout=900)
+@pytest.mark.parametrize("program", ["slt-train", "css-train"])
+def test_default_run(program: str, tmp_path: Path) -> None:
+    call([program], tmp_path, timeout=900)
 
 
 def test_options_of_other_commands_exist() -> None:
@@ -92,7 +96,7 @@ def test_options_of_other_commands_exist() -> None:
     for name, language, _, text in blocks():
         for words in commands(text) if language == "bash" else []:
             program = words[0]
-            group = [words[1]] if program in ("slt-data", "polymodal") and len(words) > 1 else []
+            group = [words[1]] if program in ("slt-data", "css-data", "polymodal") and len(words) > 1 else []
             tail = ["--help"] if program == "polymodal" else ["--help", "all"]
             key = " ".join([program, *group])
             if key not in helps:
@@ -100,5 +104,5 @@ def test_options_of_other_commands_exist() -> None:
                 helps[key] = subprocess.run([str(path), *group, *tail], capture_output=True, text=True).stdout
             for word in words[1:]:
                 option = word.partition("=")[0]
-                if option.startswith("--") and option not in ("--fusion", "--epochs", "--help"):
+                if option.startswith("--") and option not in SHORT:
                     assert option in helps[key] or option.startswith("--data."), f"{name}: {key} has no {option}"
