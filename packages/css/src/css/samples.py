@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from polymodal.run import Run
     from torch import Tensor
 
     from css.data.datamodule import CSSDataModule
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
     from css.models.network import CSSNet
     from css.task import Task
 
-__all__ = ["Shown", "choose_pictures", "displayed", "raw_lut", "segment_some"]
+__all__ = ["Shown", "choose_pictures", "displayed", "log_picture", "raw_lut", "segment_some"]
 
 
 @dataclass(frozen=True)
@@ -109,3 +112,21 @@ def displayed(image: Tensor) -> np.ndarray:
 
     values = image.detach().cpu().permute(1, 2, 0) * torch.tensor(STD) + torch.tensor(MEAN)
     return (values * 255).round().clamp(0, 255).to(torch.uint8).numpy()
+
+
+def log_picture(run: Run, key: str, path: Path, step: int) -> None:
+    """Show a picture file of a continual step in W&B, where the run is logged there.
+
+    Args:
+        run: the run.
+        key: name of the panel, e.g. ``test/predictions``.
+        path: the file.
+        step: continual step, the x-axis.
+    """
+    from polymodal.logs import WandbLog
+
+    for logger in run.loggers:
+        if isinstance(logger, WandbLog):
+            import wandb
+
+            logger.run.log({key: wandb.Image(str(path)), "task": step})
