@@ -15,11 +15,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from polymodal.errors import UserError, did_you_mean
 from torch import Tensor, nn
 
 from css.models.base import FeatureExtractor, Features
+from css.models.probe import probe
 from css.models.weights import fill, load_tensors
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class MMSegExtractor(FeatureExtractor):
         head.conv_seg = _Tap()
         if weights is not None:
             _load(self.model, weights)
-        self.stride = _probe(self, path)
+        self.stride = probe(self, str(path))
 
     def forward(self, x: Tensor) -> Features:
         """(B, 3, H, W) -> features (B, D, h, w) and the backbone's stages."""
@@ -245,8 +245,9 @@ def _build(config: Any, path: Path) -> Any:
     registry = import_mmseg("mmseg.registry").MODELS
     import_mmseg("mmseg.models")
     revert: Callable[[nn.Module], nn.Module] = import_mmseg("mmengine.model.utils").revert_sync_batchnorm
+    scope = import_mmseg("mmengine.registry").DefaultScope
     try:
-        with _quiet():
+        with _quiet(), scope.overwrite_default_scope("mmseg"):
             model = registry.build(config)
             model.init_weights()
             return revert(model)
@@ -276,26 +277,3 @@ def _numpy_types() -> list[Any]:
     reconstruct = import_module("numpy.core.multiarray" if old else "numpy._core.multiarray")
     scalars = [type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32")]
     return [reconstruct._reconstruct, reconstruct.scalar, np.ndarray, np.dtype, *scalars]
-
-
-def _probe(extractor: MMSegExtractor, path: Path, side: int = 128) -> int:
-    """Try the network on a small picture: its stride; parameters that the features do not need are frozen.
-
-    Frozen, because data-parallel training waits for the gradient of every other one.
-    """
-    training = extractor.training
-    extractor.eval()
-    try:
-        feature = extractor(torch.zeros(1, 3, side, side)).feature
-    except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: its network does not run on a picture of {side} pixels: {reason}") from error
-    extractor.train(training)
-    if feature.dim() != 4 or feature.shape[1] != extractor.out_channels:
-        raise UserError(f"{path}: its decode head classifies no feature map of {extractor.out_channels} channels")
-    parameters = [one for one in extractor.parameters() if one.requires_grad]
-    for one, gradient in zip(
-        parameters, torch.autograd.grad(feature.sum(), parameters, allow_unused=True), strict=True
-    ):
-        one.requires_grad_(gradient is not None)
-    return max(1, round(side / feature.shape[-1]))
