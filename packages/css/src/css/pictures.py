@@ -33,7 +33,6 @@ __all__ = [
     "iou_matrix",
     "iou_plot",
     "memory_sheet",
-    "outline",
     "overlay",
     "prediction_grid",
     "predictions_grid",
@@ -51,16 +50,14 @@ class MemoryTile:
     """One entry of the memory.
 
     Args:
-        image: (h, w, 3) uint8, the crop.
-        mask: (h, w) bool, the object in it; None for whole pictures.
-        raw: raw id of the class it was taken for, for the outline's colour.
-        name: of that class.
+        image: (h, w, 3) uint8, the crop or the whole picture.
+        labels: (h, w) raw ids: each class gets an outline in its colour.
+        name: of the class it was taken for.
         notes: lines below the name: provenance.
     """
 
     image: np.ndarray
-    mask: np.ndarray | None
-    raw: int
+    labels: np.ndarray
     name: str
     notes: tuple[str, ...] = ()
 
@@ -245,25 +242,24 @@ def _borders(labels: np.ndarray) -> np.ndarray:
     return border
 
 
-def outline(mask: np.ndarray) -> np.ndarray:
-    """(H, W) bool: pixels of ``mask`` on its rim, the frame's rim included."""
-    padded = np.pad(np.asarray(mask, bool), 1)
-    inner = padded[1:-1, 1:-1] & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    return np.asarray(mask, bool) & ~inner
-
-
-def prediction_grid(shown: Sequence[Shown], names: Sequence[str], title: str = "") -> Figure:
+def prediction_grid(
+    shown: Sequence[Shown],
+    names: Sequence[str],
+    title: str = "",
+    rows: tuple[str, str, str] = ("image", "truth", "prediction"),
+) -> Figure:
     """Pictures side by side: image, truth and prediction below each other, with a legend of what occurs.
 
     Args:
         shown: the pictures, at least one.
         names: class names by raw id.
         title: heading.
+        rows: what stands beside the rows.
     """
-    kinds: list[tuple[str, Any]] = [("image", lambda item: item.image)]
+    kinds: list[tuple[str, Any]] = [(rows[0], lambda item: item.image)]
     kinds += [
-        (kind, lambda item, kind=kind: None if getattr(item, kind) is None else colourise(getattr(item, kind)))
-        for kind in ("truth", "prediction")
+        (text, lambda item, kind=kind: None if getattr(item, kind) is None else colourise(getattr(item, kind)))
+        for kind, text in zip(("truth", "prediction"), rows[1:], strict=True)
         if any(getattr(item, kind) is not None for item in shown)
     ]
     present = _present(shown)
@@ -387,8 +383,9 @@ def memory_sheet(tiles: Sequence[MemoryTile], title: str, columns: int = 8) -> F
         axes.set_xticks([])
         axes.set_yticks([])
         axes.imshow(tile.image, interpolation="nearest", aspect="equal")
-        if tile.mask is not None and tile.mask.any():
-            _draw_outline(axes, tile.mask, colours[tile.raw])
+        for raw in np.unique(tile.labels).tolist():
+            if raw not in (BACKGROUND, IGNORE):
+                _draw_outline(axes, tile.labels == raw, colours[raw])
         for line, content in enumerate((tile.name, *tile.notes)):
             figure.text(
                 x / figure.get_figwidth(),
