@@ -14,9 +14,10 @@ from css.task import IGNORE
 __all__ = ["VARIANTS", "region_distillation"]
 
 VARIANTS = ("two_region", "new_only", "mib")
+_CHUNK_ELEMENTS = 2**18
+"""1 MiB in float32: what a CPU's cache holds; below that, calls cost more than they save."""
 _CHUNKS = 16
-_LEAST_PIXELS = 16384
-"""Below this a chunk costs more in calls than it saves in memory."""
+"""On an accelerator, where every call costs: chunks of a large batch."""
 
 
 def region_distillation(
@@ -36,15 +37,16 @@ def region_distillation(
     - ``mib``: A = {0} and the new classes everywhere (MiB's unbiased distillation; the labels are not used).
 
     The mean is over all pixels, ignored ones included. It is worked out in float32 or float64 whatever the type of
-    the logits, a chunk of pixels at a time, and the gradient along with it: beside the logits, memory is needed for
-    one tensor of their size. The old logits get no gradient, and there is no second derivative.
+    the logits, a chunk of pixels at a time, and the gradient along with it: from the loss to the backward pass one
+    tensor of the size of the new logits is kept. The old logits get no gradient, and there is no second derivative.
 
     Args:
         new_logits: (B, S, H, W), S > T.
         old_logits: (B, T, H, W) of the frozen network on the same pictures.
         labels: (B, H, W) annotated channels *before* pasting and pseudo-labels: T.. are the new classes, 255 ignored.
         variant: ``two_region``, ``new_only`` or ``mib``.
-        chunk: pixels worked on at a time (at least one row of a picture); default a sixteenth of all.
+        chunk: pixels worked on at a time (at least one row of a picture); default what a CPU's cache
+            holds, or a sixteenth of all on an accelerator.
 
     Returns:
         Scalar in float32 or float64.
@@ -59,8 +61,10 @@ def region_distillation(
     _check(new_logits, old_logits, labels, variant)
     pixels = labels.numel()
     if chunk is None:
-        chunk = max(_LEAST_PIXELS, pixels // _CHUNKS)
-    if chunk < 1:
+        chunk = max(1, _CHUNK_ELEMENTS // new_logits.shape[1])
+        if new_logits.device.type != "cpu":
+            chunk = max(chunk, pixels // _CHUNKS)
+    elif chunk < 1:
         raise ValueError(f"chunk={chunk}; expected at least 1 pixel")
     region = (labels >= old_logits.shape[1]) & (labels != IGNORE)
     old_logits = old_logits.detach()
