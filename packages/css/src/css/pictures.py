@@ -230,7 +230,7 @@ def overlay(image: np.ndarray, labels: np.ndarray, strength: float = 0.6) -> np.
     mixed = image / 255.0
     inside = (labels != BACKGROUND) & (labels != IGNORE)
     mixed[inside] = (1 - strength) * mixed[inside] + strength * colourise(labels)[inside] / 255
-    mixed[_borders(labels)] = 1.0
+    mixed[_borders(np.where(inside, labels, BACKGROUND))] = 1.0
     return np.round(mixed * 255).astype(np.uint8)
 
 
@@ -264,15 +264,16 @@ def prediction_grid(
     ]
     present = _present(shown)
     tile, gap, left = 1.7, 0.06, 0.32
+    tall = tile * min(1.4, max(item.image.shape[0] / item.image.shape[1] for item in shown))
     top = (0.4 if title else 0.08) + (0.22 if any(item.title for item in shown) else 0.0)
     wide = len(shown) * (tile + gap)
     entries = _legend_rows(present, names, max(wide, 4.0))
     bottom = 0.15 + 0.22 * entries
-    high = len(kinds) * (tile + gap)
+    high = len(kinds) * (tall + gap)
     figure = _figure(left + max(wide, 4.0), top + high + bottom)
     for row, (kind, get) in enumerate(kinds):
         for column, item in enumerate(shown):
-            place = (left + column * (tile + gap), bottom + high - (row + 1) * (tile + gap) + gap, tile, tile)
+            place = (left + column * (tile + gap), bottom + high - (row + 1) * (tall + gap) + gap, tile, tall)
             axes = _axes(figure, *place)
             axes.set_xticks([])
             axes.set_yticks([])
@@ -281,7 +282,7 @@ def prediction_grid(
                 axes.imshow(content, interpolation="nearest", aspect="equal")
             if row == 0 and item.title:
                 axes.set_title(_shorten(item.title, 22), size=7, color=_GREY, pad=3)
-        y = (bottom + high - (row + 0.5) * (tile + gap)) / figure.get_figheight()
+        y = (bottom + high - (row + 0.5) * (tall + gap)) / figure.get_figheight()
         figure.text(0.16 / figure.get_figwidth(), y, kind, rotation=90, ha="center", va="center", size=9, color=_GREY)
     if title:
         figure.text(left / figure.get_figwidth(), 1 - 0.27 / figure.get_figheight(), title, size=10, color=_INK)
