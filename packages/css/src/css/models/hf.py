@@ -20,6 +20,7 @@ __all__ = ["HFExtractor"]
 
 _CLASSES = {"segformer": "SegformerForSemanticSegmentation", "upernet": "UperNetForSemanticSegmentation"}
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_FAULTS = (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, ImportError)
 _CLASSIFIERS = ("decode_head.classifier.", "auxiliary_head.", "classifier.")
 
 
@@ -97,6 +98,8 @@ def _create(folder: Path, kind: str, weights: Path | None) -> Any:
         if error.name != "transformers":
             raise
         raise UserError(f"network hf:{folder} needs transformers: pip install 'polymodal-css[hf]'") from error
+    from huggingface_hub.errors import StrictDataclassError  # a setting of the wrong type
+
     model_class = getattr(transformers, _CLASSES[kind])
     options = {"local_files_only": True}
     tensors = None if weights is None else load_tensors(weights)
@@ -115,7 +118,7 @@ def _create(folder: Path, kind: str, weights: Path | None) -> Any:
                 dtype=torch.float32,
                 **options,
             )
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, ImportError) as error:
+    except (*_FAULTS, StrictDataclassError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"transformers cannot build the {kind} of {folder}: {reason}") from error
     _refuse_misses(info, f"{weights or folder}", f"the {kind} of {folder / 'config.json'}", model)

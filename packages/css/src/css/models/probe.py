@@ -36,7 +36,8 @@ def probe(extractor: FeatureExtractor, what: str) -> int:
             f"{what}: features of shape {tuple(feature.shape)}; expected (1, {extractor.out_channels}, h, w)"
         )
     parameters = [one for one in extractor.parameters() if one.requires_grad]
-    gradients = torch.autograd.grad(feature.sum(), parameters, allow_unused=True)
+    with torch.enable_grad():
+        gradients = torch.autograd.grad(feature.sum(), parameters, allow_unused=True)
     for one, gradient in zip(parameters, gradients, strict=True):
         one.requires_grad_(gradient is not None)
     return max(1, round(side / feature.shape[-1]))
