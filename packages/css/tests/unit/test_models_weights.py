@@ -37,7 +37,7 @@ class Surprise:
     [
         (b"", "cannot read weights"),
         (b"not a file of weights", "cannot read weights"),
-        (Surprise(), "cannot read weights"),
+        (Surprise(), "holds Python objects beside tensors"),
         ({"epoch": 1}, "does not hold a plain dictionary"),
         ({}, "does not hold a plain dictionary"),
         ([torch.zeros(2)], "does not hold a plain dictionary"),

@@ -10,6 +10,7 @@ Needs the extra ``polymodal-css[mmseg]``.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,7 +23,8 @@ from css.models.mmseg_ import import_mmseg
 from css.task import BACKGROUND, IGNORE, Task
 
 import_mmseg("mmseg.datasets")
-from mmseg.datasets import BaseSegDataset  # noqa: E402  # its notes must be silenced first
+from mmengine.registry import DefaultScope  # noqa: E402  # its notes must be silenced first
+from mmseg.datasets import BaseSegDataset  # noqa: E402
 from mmseg.registry import DATASETS  # noqa: E402
 
 __all__ = ["CSSADE20K", "CSSPascalVOC", "ContinualDataset"]
@@ -85,13 +87,14 @@ class ContinualDataset(BaseSegDataset):
             "classes": ("background", *(names[raw - 1] for raw in seen)),
             "palette": [colors[raw].tolist() for raw in (BACKGROUND, *seen)],
         }
-        super().__init__(
-            data_root=str(data_root),
-            metainfo=metainfo,
-            ignore_index=IGNORE,
-            reduce_zero_label=False,  # 0 is a class of its own here: the background
-            **options,
-        )
+        with _scope():
+            super().__init__(
+                data_root=str(data_root),
+                metainfo=metainfo,
+                ignore_index=IGNORE,
+                reduce_zero_label=False,  # 0 is a class of its own here: the background
+                **options,
+            )
 
     def load_data_list(self) -> list[dict[str, Any]]:
         """Pictures of the step with their masks and the table from raw ids to channels."""
@@ -106,6 +109,13 @@ class ContinualDataset(BaseSegDataset):
             }
             for index in self._chosen
         ]
+
+
+def _scope() -> AbstractContextManager[None]:
+    """Transforms are looked up in mmsegmentation where no runner has chosen a scope."""
+    chosen = DefaultScope.get_current_instance()
+    scope: AbstractContextManager[None] = DefaultScope.overwrite_default_scope(None if chosen else "mmseg")
+    return scope
 
 
 @DATASETS.register_module(force=True)  # a second import of this file, by path, is no error

@@ -258,8 +258,7 @@ def _build(config: Any, path: Path) -> Any:
 
 def _load(model: nn.Module, weights: str | Path) -> None:
     """A checkpoint of the whole segmentor (its classifier and auxiliary heads are left out) or of its backbone."""
-    history = import_mmseg("mmengine.logging").HistoryBuffer
-    tensors = load_tensors(weights, safe=[history, *_numpy_types()])
+    tensors = load_tensors(weights, safe=_beside_the_weights())
     name = type(model.backbone).__name__
     if any(key.startswith("backbone.") for key in tensors):
         skip = ("decode_head.conv_seg.", "auxiliary_head.", "data_preprocessor.")
@@ -269,11 +268,19 @@ def _load(model: nn.Module, weights: str | Path) -> None:
         fill(model.backbone, tensors, weights, f"weights of {name}", skip=("head.", "fc."))
 
 
-def _numpy_types() -> list[Any]:
-    """Types in the message hub that mmengine saves beside the weights."""
+def _beside_the_weights() -> list[Any]:
+    """What mmengine's trainer saves beside the weights: histories of numbers, with a call of ``getattr`` in each.
+
+    Stand-ins under those two names read past them: nothing is called, and nothing of them is kept.
+    """
     import numpy as np
 
+    def skip(*_: object) -> None:
+        """Instead of getattr."""
+
+    history = type("HistoryBuffer", (), {"__module__": "mmengine.logging.history_buffer"})
+    skip.__module__, skip.__name__, skip.__qualname__ = "builtins", "getattr", "getattr"
     old = np.lib.NumpyVersion(np.__version__) < "2.0.0"
     reconstruct = import_module("numpy.core.multiarray" if old else "numpy._core.multiarray")
     scalars = [type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32")]
-    return [reconstruct._reconstruct, reconstruct.scalar, np.ndarray, np.dtype, *scalars]
+    return [history, skip, reconstruct._reconstruct, reconstruct.scalar, np.ndarray, np.dtype, *scalars]

@@ -42,7 +42,10 @@ def load_tensors(path: str | Path, safe: Iterable[Callable[..., Any]] = ()) -> d
             with torch.serialization.safe_globals(list(safe)):
                 loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        if "weights_only" in str(error):  # torch explains at length how to run the code in the file
+            reason = "it holds Python objects beside tensors, or is damaged"
+        else:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot read weights from {path}: {reason}; save model.state_dict() anew") from error
     for level in _LEVELS:
         if isinstance(loaded, dict) and isinstance(loaded.get(level), dict):
