@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 from polymodal.config import JobConfig
 from polymodal.errors import UserError
 
-from css.data import READERS, reader_class
+from css.data import READERS
 from css.data.base import SegData
 from css.data.options import LoaderConfig
 from css.settings import CSSConfig
@@ -149,11 +149,11 @@ def reader_for(data: SegData, run: CSSConfig | None, meta: Mapping[str, Any], pa
     """
     name = str(meta["data"])
     if isinstance(data, RunData):
-        if run is None and (name not in READERS or (data.root is None and name != "shapes")):
+        if run is None:
             raise UserError(
-                f"{path} has no config.yaml beside it that says where its data are; give --data and --data.root"
+                f"{path}: no config.yaml of its run around it says where {name} is; give --data and --data.root"
             )
-        data = data.resolve(run.data if run is not None else reader_class(name)())
+        data = data.resolve(run.data)
     have, want = data.class_names(), list(meta["class_names"])
     if have != want:
         place = next((i for i, pair in enumerate(zip(have, want, strict=False)) if pair[0] != pair[1]), None)
