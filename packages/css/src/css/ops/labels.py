@@ -39,7 +39,8 @@ def pseudo_label(labels: Tensor, old_logits: Tensor, threshold: float = 0.7) -> 
         )
     # The largest logit has the largest sigmoid; logits still differ where sigmoids in float32 are all 1.
     score, channel = at_least_float32(old_logits).max(dim=1)
-    sure = (labels == BACKGROUND) & (channel != BACKGROUND) & (score.sigmoid() >= threshold)
+    # Where the background wins, background is written over background.
+    sure = (labels == BACKGROUND) & (score.sigmoid() >= threshold)
     return torch.where(sure, channel.to(labels.dtype), labels)
 
 
