@@ -50,29 +50,29 @@ class DKD(Method):
         """Weighted sum of the terms."""
         output: Output = ctx.net(batch.images)
         logits = ctx.net.upsample(output.logits, batch.images.shape[-2:])
+        # One split, and not three slices: each slice would have a gradient of the size of all logits.
+        background, old_classes, own = torch.split(logits, [1, ctx.num_old, ctx.num_new], 1)
         valid = batch.labels != IGNORE
-        first = 1 + ctx.num_old
-        target = class_targets(batch.labels, first, ctx.num_new)
+        target = class_targets(batch.labels, 1 + ctx.num_old, ctx.num_new)
         pos_weight = self.later_pos_weight if ctx.old is not None else self.pos_weight
-        terms = {"bce": classwise_bce(logits[:, first:], target, pos_weight, valid)}
+        terms = {"bce": classwise_bce(own, target, pos_weight, valid)}
         weights = {"bce": 1.0, "ac": self.auxiliary}
         if self.auxiliary:
-            background = logits[:, :1]
             terms["ac"] = classwise_bce(background, torch.zeros_like(background), valid=valid)
         if ctx.old is not None:
-            terms |= self._distillation(ctx, batch.images, output, logits)
+            terms |= self._distillation(ctx, batch.images, output, old_classes)
             weights |= {"kd": self.logits, "pos": self.positive, "neg": self.negative}
         loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         return loss, {name: term.detach() for name, term in terms.items()}
 
     def _distillation(self, ctx: StepContext, images: Tensor, output: Output, logits: Tensor) -> dict[str, Tensor]:
-        """Terms of old classes, those with weight 0 left out."""
+        """Terms of old classes, whose ``logits`` are given at image size; those with weight 0 are left out."""
         terms: dict[str, Tensor] = {}
         with torch.no_grad():
             old: Output = ctx.teacher(images)
         if self.logits:
             old_logits = ctx.teacher.upsample(old.logits[:, 1:], images.shape[-2:])
-            terms["kd"] = distil_binary(logits[:, 1 : 1 + ctx.num_old], old_logits)
+            terms["kd"] = distil_binary(logits, old_logits)
         if self.positive or self.negative:
             old_parts = decompose(old.feature, ctx.teacher.class_weights()[1:])
             parts = decompose(output.feature, ctx.net.class_weights()[1 : 1 + ctx.num_old])

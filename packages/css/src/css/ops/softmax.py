@@ -32,21 +32,12 @@ def softmax_loss(logits: Tensor, labels: Tensor, background: int = 1, factor: Te
     too.
     """
     logits = at_least_float32(logits)
-    if background == 1:
-        loss = cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
-    else:
-        loss = _merged(logits, labels, background)
+    if background > 1:
+        old, new = torch.split(logits, [background, logits.shape[1] - background], 1)
+        # a channel whose logit is the log of a sum of exponentials has the mass of the sum
+        logits = torch.cat([old.logsumexp(1, keepdim=True), new], 1)
+        labels = torch.where(labels == IGNORE, IGNORE, (labels - background + 1).clamp(min=0))
+    loss = cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
     if factor is not None:
         loss = loss * factor.to(loss.dtype)[:, None, None]
     return loss.mean()
-
-
-def _merged(logits: Tensor, labels: Tensor, background: int) -> Tensor:
-    """(batch, H, W) loss without a tensor of merged log-probabilities: only maps of one channel are made."""
-    valid = labels != IGNORE
-    new = valid & (labels >= background)
-    merged = logits[:, :background].logsumexp(1)
-    # the class of a pixel that is no new class does not matter: its value is not taken
-    chosen = logits.gather(1, (labels * new).unsqueeze(1)).squeeze(1)
-    loss = logits.logsumexp(1) - torch.where(new, chosen, merged)
-    return loss.masked_fill(~valid, 0.0)
