@@ -123,7 +123,7 @@ class Method(ABC):
         """Parameters that are frozen or have a rate of their own: parameter -> factor of its rate (0 freezes it)."""
         return {}
 
-    def prepare(self, ctx: StepContext, batches: Iterable[Batch]) -> None:
+    def prepare(self, ctx: StepContext, batches: Iterable[Batch]) -> None:  # noqa: B027 (most methods need nothing)
         """Statistics that a step needs before it starts (PLOP's thresholds); must not draw at random.
 
         Args:

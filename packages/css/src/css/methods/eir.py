@@ -137,7 +137,7 @@ class EIR(PseudoLabels):
         target = one_hot(labels, ctx.net.num_channels)
         pasted = 0
         if self.paste and ctx.bank is not None and len(ctx.bank):
-            images, target, pasted = self.mix(ctx, batch, labels, target, generator)
+            images, target, pasted = self.mixed(ctx, batch, labels, target, generator)
         logits = ctx.net.full_logits(images)
         bce = soft_binary_loss(logits, target)
         loss, terms = self.w_bce * bce, {"bce": bce.detach(), "pasted": bce.new_tensor(float(pasted) / len(batch))}
@@ -149,7 +149,7 @@ class EIR(PseudoLabels):
     # ------------------------------------------------------------------ pasting
 
     @torch.no_grad()
-    def mix(
+    def mixed(
         self, ctx: StepContext, batch: Batch, labels: Tensor, target: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor, int]:
         """Paste instances of old classes.
