@@ -76,7 +76,8 @@ def test_command_snippets_run(tmp_path: Path) -> None:
     wanted = [
         words for _, language, skip, text in blocks() if language == "bash" and not skip for words in commands(text)
     ]
-    wanted = [words for words in wanted if words[1:] or not words[0].endswith("-train")]  # default runs: test_default_run
+    # A training command without argument is test_default_run.
+    wanted = [words for words in wanted if words[1:] or not words[0].endswith("-train")]
     # Training first, so that the reports find runs; each different command once.
     unique = sorted({tuple(words) for words in wanted}, key=lambda words: not words[0].endswith("-train"))
     assert {("slt-train", "--config", "smoke"), ("css-train", "--config", "smoke")} <= set(unique)
