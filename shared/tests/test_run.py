@@ -85,7 +85,6 @@ def test_the_end_is_written(config: RunConfig) -> None:
         (ValueError("two\n lines"), "failed", "ValueError: two lines"),
         (UserError("no such file"), "failed", "UserError: no such file"),
         (cli.Interrupted("saved at step 3"), "interrupted", "saved at step 3"),
-        (KeyboardInterrupt(), "interrupted", "interrupted"),
     ],
 )
 def test_a_bad_end_is_written_too(config: RunConfig, error: BaseException, status: str, text: str) -> None:
@@ -94,6 +93,14 @@ def test_a_bad_end_is_written_too(config: RunConfig, error: BaseException, statu
     manifest = read_manifest(opened.folder)
     assert (manifest["status"], manifest["error"]) == (status, text)
     assert manifest["ended"]
+
+
+def test_ctrl_c_says_how_to_go_on(config: RunConfig) -> None:
+    with pytest.raises(cli.Interrupted) as stop, start(config) as opened:
+        raise KeyboardInterrupt
+    manifest = read_manifest(opened.folder)
+    assert (manifest["status"], manifest["error"]) == ("interrupted", "interrupted")
+    assert str(stop.value) == f"interrupted; continue with --resume {opened.folder}"
 
 
 def test_a_block_left_without_finish_is_finished(config: RunConfig) -> None:

@@ -226,6 +226,8 @@ class Run:
             self._close("finished", None)
         elif isinstance(error, Interrupted | KeyboardInterrupt):
             self._close("interrupted", str(error) or "interrupted")
+            if isinstance(error, KeyboardInterrupt) and isinstance(self.config, RunConfig):
+                raise Interrupted(f"interrupted; continue with --resume {self.folder}") from error
         else:
             self._close("failed", f"{type(error).__name__}: {' '.join(str(error).split())}")
 

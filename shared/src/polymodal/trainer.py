@@ -187,6 +187,17 @@ def quiet_lightning() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C stays Ctrl-C: Lightning would end the process with the code of a failure."""
+    try:
+        yield
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise stop.__context__ from None
+        raise
+
+
 def resume_checkpoint(run: Run, stage: int = 0) -> Path | None:
     """The checkpoint from which ``stage`` goes on, or None to start it fresh. Errors as ``stage_of_checkpoint``."""
     return run.checkpoint if stage_of_checkpoint(run) == stage else None
@@ -247,7 +258,7 @@ def fit(
             if isinstance(logger, CsvLog):
                 offset = options.get("step_offset", 0)
                 logger.rewind(reached + offset, offset)
-    with quiet_lightning():
+    with quiet_lightning(), _interruptible():
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
     run.checkpoint = run.checkpoint_marks = None  # a later stage starts from this one's weights, not from a file
     return trainer
@@ -255,7 +266,7 @@ def fit(
 
 def evaluate(module: TaskModule, data: L.LightningDataModule, trainer: L.Trainer) -> dict[str, float]:
     """``test/`` metrics of the module as it is."""
-    with quiet_lightning():
+    with quiet_lightning(), _interruptible():
         trainer.test(module, datamodule=data, verbose=False)
     return dict(module.last_metrics)
 
