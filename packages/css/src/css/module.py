@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,8 @@ class CSSModule(TaskModule):
         seed: root seed.
         total_steps: length of the schedule where something other than Lightning's trainer drives the module.
         meta: plain data stored in checkpoints under ``css``.
+        after_test: further test metrics of this module, such as those that need the steps before; called when
+            ``confusion`` and ``records`` are complete.
 
     Attributes:
         confusion: (channels, channels) counts of the last evaluated split, rows are the truth.
@@ -46,11 +49,12 @@ class CSSModule(TaskModule):
         seed: int = 0,
         total_steps: int | None = None,
         meta: dict[str, Any] | None = None,
+        after_test: Callable[[CSSModule], dict[str, float]] | None = None,
     ) -> None:
         super().__init__(seed)
         self.net = ctx.net
         self.ctx, self.method, self.optim, self.base = ctx, method, optim, base
-        self.total_steps, self.meta = total_steps, meta or {}
+        self.total_steps, self.meta, self.after_test = total_steps, meta or {}, after_test
         self.confusion: np.ndarray | None = None
         self.fitted_steps = 0
         self.val_metrics: dict[str, float] = {}
@@ -81,7 +85,7 @@ class CSSModule(TaskModule):
     # ------------------------------------------------------------------ Lightning
 
     def on_fit_start(self) -> None:
-        """Bring the frozen parts, which are no submodules, to the device; let the method look at the step's pictures."""
+        """Bring the frozen parts, which are no submodules, to the device; let the method look at the pictures."""
         if self.ctx.old is not None:
             self.ctx.old.to(self.device)
         if self.ctx.bank is not None:
@@ -90,8 +94,8 @@ class CSSModule(TaskModule):
             data: Any = self.trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's data connector
             self.method.prepare(self.ctx, (batch.to(self.device) for batch in data.plain_batches()))
 
-    def on_train_end(self) -> None:
-        """Remember the length of the fit."""
+    def on_fit_end(self) -> None:
+        """Remember the length of the fit; unlike ``on_train_end``, it is called where a resumed fit was complete."""
         self.fitted_steps = self.trainer.global_step
 
     def on_validation_epoch_end(self) -> None:
@@ -102,6 +106,8 @@ class CSSModule(TaskModule):
     def on_test_epoch_end(self) -> None:
         """Test metrics, with the step as their x-axis."""
         super().on_test_epoch_end()
+        if self.after_test is not None:
+            self.last_metrics |= {f"test/{name}": value for name, value in self.after_test(self).items()}
         self.last_metrics["task"] = float(self.ctx.step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -6,9 +6,11 @@ import dataclasses
 import logging
 import shutil
 import sys
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from polymodal.cli import command
+from polymodal.errors import UserError
 
 from css.data import READERS
 from css.methods import METHODS
@@ -75,16 +77,19 @@ def train(config: CSSConfig) -> None:
     config.data.check()
     info = METHODS.info(config.method)
     job = Job(config)
+    job.check_steps()
     if config.dry_run:
         sys.stdout.write(job.plan() + "\n")
         return
+    facts = {"task": config.task, "setting": config.setting, "order": list(job.task.order)}
+    _refuse_other_run(config, {**facts, "method": info.name, "seed": config.seed})
     with Run.start(
         "css",
         config,
         name=f"{config.data.name}-{config.task}-{info.name}",
         method=info.name,
         fidelity=info.fidelity,
-        data={**config.data.describe(), "task": config.task, "setting": config.setting, "order": list(job.task.order)},
+        data={**config.data.describe(), **facts},
         axes={"test/*": "task"},
     ) as run:
         reports = job.run_steps(run)
@@ -92,6 +97,29 @@ def train(config: CSSConfig) -> None:
         run.finish(final)
     if run.is_writer:
         job.show(run, reports)
+
+
+def _refuse_other_run(config: CSSConfig, facts: dict[str, Any]) -> None:
+    """Before a run goes on: what its finished steps were trained for must be what this command asks for.
+
+    Raises:
+        UserError: another task, setting, class order, method or seed.
+    """
+    from polymodal.run import find_resume, read_manifest
+
+    if not config.resume:
+        return
+    folder, _ = find_resume(config.resume, "css", config)
+    manifest = read_manifest(folder)
+    if manifest["task"] != "css":
+        return  # Run.start says so
+    before = {**manifest["data"], "method": manifest["method"], "seed": manifest["seed"]}
+    for key, now in facts.items():
+        if before.get(key, now) != now:
+            raise UserError(
+                f"--resume {folder}: a run with {key} {before[key]}, not {now}; leave --{key} out to continue it, or "
+                "--resume to start a new run"
+            )
 
 
 class Job:
@@ -107,6 +135,27 @@ class Job:
         self.named_task = make_task(config)
         self.task = make_task(config, offline=True) if self.method.offline else self.named_task
         self.base = len(self.named_task.steps[0])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the data set."""
+        return self.config.data.fingerprint()
+
+    def check_steps(self) -> None:
+        """Look at every step before the first one is trained.
+
+        Raises:
+            UserError: a step without pictures, or a split file that does not fit.
+        """
+        for step in range(self.task.num_steps):
+            for split in ("train", "test"):
+                self.pictures(step, split)
+
+    def pictures(self, step: int, split: str) -> list[int]:
+        """Numbers of a step's pictures in a split."""
+        from css.data.split_files import step_indices
+
+        return step_indices(self.config.data, self.task, self.config.setting, step, split, seed=self.config.seed)
 
     def meta(self, step: int) -> dict[str, Any]:
         """What a weight file says about itself."""
@@ -127,24 +176,26 @@ class Job:
             "class_names": config.data.class_names(),
             "crop": config.loader.crop,
             "data": config.data.name,
-            "fingerprint": config.data.fingerprint(),
+            "fingerprint": self.fingerprint,
         }
 
     def plan(self) -> str:
         """What would be trained, for ``--dry-run``."""
-        from css.data.scenarios import select_train
-
         ctx = build_context(self, 0, None)
         count = sum(p.numel() for p in ctx.net.parameters())
         reader, config = self.config.data, self.config
-        sizes, ids = reader.class_sets("train"), [item.id for item in reader.items("train")]
-        lines = [f"data     {reader.name}: {len(ids)} training, {len(reader.items('test'))} test pictures"]
-        lines += [f"method   {config.method} {config.options_of_method() or ''}".rstrip(), f"network  {count:,} parameters"]
+        sizes = [len(reader.items(split)) for split in ("train", "test")]
+        lines = [f"data     {reader.name}: {sizes[0]} training, {sizes[1]} test pictures, setting {config.setting}"]
+        lines += [
+            f"method   {config.method} {config.options_of_method() or ''}".rstrip(),
+            f"network  {count:,} parameters",
+        ]
         names = reader.class_names()
         for step, classes in enumerate(self.task.steps):
-            chosen = select_train(self.task, sizes, config.setting, step, ids=ids, seed=config.seed)
+            chosen = [len(self.pictures(step, split)) for split in ("train", "test")]
             shown = ", ".join(names[raw - 1] for raw in classes[:4]) + (", …" if len(classes) > 4 else "")
-            lines += [f"step {step:<3} {len(chosen)} pictures, {len(classes)} classes: {shown}"]
+            what = f"{len(classes)} class{'es' * (len(classes) > 1)}"
+            lines += [f"step {step:<3} {chosen[0]} training, {chosen[1]} test pictures; {what}: {shown}"]
         return "\n".join([*lines, "nothing was trained (dry run)"])
 
     def run_steps(self, run: Run) -> list[StepReport]:
@@ -169,7 +220,7 @@ class Job:
 
         config = self.config
         memory = self.memory_of(run, step) if step and self.method.uses_memory() else None
-        module = self.build_module(run, step, memory)
+        module = self.build_module(run, step, memory, earlier)
         data = CSSDataModule(
             config.data,
             self.task,
@@ -186,7 +237,7 @@ class Job:
         trainer = dataclasses.replace(config.trainer, max_epochs=epochs)
         fit_and_test(module, data, trainer, run, stage=step, step_offset=offset)
         if run.is_writer:
-            self.write_step(run, step, offset, module, data, earlier)
+            self.write_step(run, step, offset, module, data)
         _barrier()
         done = step_done(run.folder, step)
         assert done is not None  # the writer has just written it
@@ -197,9 +248,10 @@ class Job:
         names = self.config.data.class_names()
         return [names[raw - 1] for raw in self.task.steps[step]]
 
-    def build_module(self, run: Run, step: int, memory: Any) -> CSSModule:
+    def build_module(self, run: Run, step: int, memory: Any, earlier: list[StepReport]) -> CSSModule:
         """The module of a step, its network started from the step before."""
         from css.module import CSSModule
+        from css.report import over_steps
 
         ctx = build_context(self, step, run)
         if memory is not None and self.method.uses_bank():
@@ -207,8 +259,22 @@ class Job:
 
             ctx.bank = InstanceBank(memory)
         return CSSModule(
-            ctx, self.method, self.config.optim, base=self.base, seed=self.config.seed, meta=self.meta(step)
+            ctx,
+            self.method,
+            self.config.optim,
+            base=self.base,
+            seed=self.config.seed,
+            meta=self.meta(step),
+            after_test=lambda module: over_steps([*earlier, self.report(module)]),
         )
+
+    def report(self, module: CSSModule) -> StepReport:
+        """Scores of the test that has just ended."""
+        from css.report import StepReport
+
+        assert module.confusion is not None  # the test has counted
+        names, step = self.config.data.class_names(), module.ctx.step
+        return StepReport.of(module.confusion, self.named_task, names, step, images=len(module.records))
 
     def memory_of(self, run: Run, step: int) -> Any:
         """The memory that ``step`` replays: read where it is complete, else built from the step before."""
@@ -217,8 +283,9 @@ class Job:
         from css.memory import load_memory, make_memory
 
         config, kind = self.config, self.method.memory
+        assert kind != "none"  # the caller has asked
         folder = step_folder(run.folder, step) / "memory"
-        facts = {"task": self.task, "fingerprint": config.data.fingerprint()}
+        facts: dict[str, Any] = {"task": self.task, "fingerprint": self.fingerprint}
         if run.is_writer and not (folder / "index.json").is_file():
             previous_folder = step_folder(run.folder, step - 1) / "memory"
             previous = load_memory(kind, previous_folder, reader=config.data, **facts) if step > 1 else None
@@ -240,26 +307,23 @@ class Job:
         log.info("%s", memory.summary())
         return memory
 
-    def write_step(
-        self, run: Run, step: int, offset: int, module: CSSModule, data: Any, earlier: list[StepReport]
-    ) -> None:
+    def write_step(self, run: Run, step: int, offset: int, module: CSSModule, data: Any) -> None:
         """Weights, report and pictures of a finished step; ``done.json`` last."""
         from css.pictures import predictions_grid
-        from css.report import StepReport, over_steps, write_report
+        from css.report import write_report
+        from css.samples import log_picture
         from css.steps import save_weights, write_done
 
         folder, names = step_folder(run.folder, step), self.config.data.class_names()
-        assert module.confusion is not None  # the test has just counted
-        report = StepReport.of(module.confusion, self.named_task, names, step, images=len(module.records))
         save_weights(folder / "weights.safetensors", module.net.state_dict(), self.meta(step))
-        write_report(folder, report, module.confusion)
+        write_report(folder, self.report(module))
         predictions_grid(folder / "predictions.png", module, data, names, self.task)
-        total = offset + module.fitted_steps
-        run.log({**_tested(over_steps([*earlier, report])), "task": float(step)}, total)
-        write_done(run.folder, step, {"optimizer_steps": total, "val": module.val_metrics})
+        log_picture(run, "test/predictions", folder / "predictions.png", step)
+        write_done(run.folder, step, {"optimizer_steps": offset + module.fitted_steps, "val": module.val_metrics})
 
     def finish(self, run: Run, reports: list[StepReport]) -> dict[str, float]:
-        """Pictures over all steps; the final metrics."""
+        """Pictures over all steps; the final metrics, with how they were measured."""
+        from css.evaluate import signature
         from css.pictures import iou_matrix
         from css.report import over_steps
 
@@ -268,7 +332,12 @@ class Job:
         last = step_folder(run.folder, len(reports) - 1) / "predictions.png"
         shutil.copyfile(last, path.with_name("predictions.png"))
         done = step_done(run.folder, len(reports) - 1) or {}
-        return _tested(reports[-1].metrics() | over_steps(reports)) | done.get("val", {})
+        tested = reports[-1].metrics() | over_steps(reports)
+        final: dict[str, float] = {f"test/{name}": value for name, value in tested.items()} | done.get("val", {})
+        loader = self.config.loader
+        how = signature(loader.eval_size, loader.crop, loader.unseen_as)
+        run.note(metric_signatures=dict.fromkeys(final, how))
+        return final
 
     def show(self, run: Run, reports: list[StepReport]) -> None:
         """The closing table, the run folder, the command that shows more, the W&B upload command."""
@@ -279,10 +348,6 @@ class Job:
         sys.stdout.write(f"more        polymodal report {run.folder} --html\n")
         if run.sync_command:
             sys.stdout.write(f"upload      {run.sync_command}\n")
-
-
-def _tested(scores: dict[str, float]) -> dict[str, float]:
-    return {f"test/{name}": value for name, value in scores.items()}
 
 
 def build_context(job: Job, step: int, run: Run | None) -> StepContext:
