@@ -37,7 +37,7 @@ class Shapes(SegData):
 
     Args:
         root: folder for worlds; default: the user's cache. Each set of options has its own sub-folder.
-        split_files: see :class:`~css.data.base.SegData`.
+        split_files: folder of split files written by css-data prepare --out.
         images: pictures in train, val and test.
         size: height and width, pixels, at least 32.
         classes: the first so many of the eight shapes, 2..8.
