@@ -138,11 +138,14 @@ class EIR(PseudoLabels):
         pasted = 0
         if self.paste and ctx.bank is not None and len(ctx.bank):
             images, target, pasted = self.mixed(ctx, batch, labels, target, generator)
+        distil = bool(self.w_kd) and self.distillation != "none"
+        # The teacher runs before the graph is built, so that its own maps and the graph's never take memory together.
+        old_logits = ctx.old_logits(images) if distil else None
         logits = ctx.net.full_logits(images)
         bce = soft_binary_loss(logits, target)
         loss, terms = self.w_bce * bce, {"bce": bce.detach(), "pasted": bce.new_tensor(float(pasted) / len(batch))}
-        if self.w_kd and self.distillation != "none":
-            kd = region_distillation(logits, ctx.old_logits(images), batch.labels, self.distillation)
+        if old_logits is not None:
+            kd = region_distillation(logits, old_logits, batch.labels, self.distillation)
             loss, terms["kd"] = loss + self.w_kd * kd, kd.detach()
         return loss, terms
 
