@@ -244,3 +244,20 @@ def test_the_level_of_their_logger_is_as_it_was(small):
         assert logger.level == logging.WARNING
     finally:
         logger.setLevel(logging.NOTSET)
+
+
+def test_operators_that_mmcv_lite_lacks_fail_only_when_called(monkeypatch):
+    """Upstream's mmsegmentation imports them; the whole of this file also passes with mmsegmentation 1.2.2."""
+    import importlib.metadata
+
+    from css.models import mmseg_
+
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.2.2")
+    monkeypatch.delitem(sys.modules, "mmcv._ext", raising=False)
+    mmseg_._placeholder_ops()
+    placeholder = sys.modules.pop("mmcv._ext")
+    assert placeholder.__spec__.loader is None  # mmengine asks it whether the operators are there
+    with pytest.raises(NotImplementedError, match="roi_align is a compiled operator"):
+        placeholder.roi_align(1, size=2)
+    with pytest.raises(AttributeError):
+        _ = placeholder.__file__

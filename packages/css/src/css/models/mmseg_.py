@@ -68,14 +68,15 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-class _NoOperators:
+def _no_operator(name: str) -> Callable[..., object]:
     """Stands for a compiled operator of mmcv; there is none."""
+    if name.startswith("__"):  # what Python itself asks a module for, such as its file
+        raise AttributeError(name)
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def operator(*_: object, **__: object) -> object:
+        raise NotImplementedError(f"{name} is a compiled operator of mmcv; mmcv-lite has none")
 
-    def __call__(self, *args: object, **kwargs: object) -> object:
-        raise NotImplementedError(f"{self.name} is a compiled operator of mmcv; mmcv-lite has none")
+    return operator
 
 
 def _placeholder_ops() -> None:
@@ -95,7 +96,7 @@ def _placeholder_ops() -> None:
     if "mmcv._ext" in sys.modules or find_spec("mmcv") is None or find_spec("mmcv._ext") is not None:
         return
     placeholder = ModuleType("mmcv._ext")
-    placeholder.__getattr__ = _NoOperators  # type: ignore[method-assign]
+    placeholder.__getattr__ = _no_operator  # type: ignore[method-assign]
     placeholder.__spec__ = ModuleSpec("mmcv._ext", loader=None)
     sys.modules["mmcv._ext"] = placeholder
 
