@@ -13,7 +13,7 @@ from polymodal.stats import PairedDifference, Summary, paired_difference, summar
 
 __all__ = ["FORMATS", "Measured", "Row", "Table", "build_table", "format_difference", "format_summary", "markdown"]
 
-_PERCENT = ("bleu", "rouge", "chrf", "miou")
+_PERCENT = ("bleu", "rouge", "chrf", "miou", "forgetting")
 
 
 @dataclass(frozen=True)
