@@ -14,8 +14,9 @@ from polymodal.errors import UserError
 from torch import nn
 
 pytest.importorskip("mmseg")
-from css.models.mmseg_ import MMSegExtractor, find_config, shipped_configs
+from css.models.mmseg_ import MMSegExtractor, find_config, import_mmseg, shipped_configs
 
+import_mmseg("mmseg.models")  # the references below build models themselves, which upstream cannot do unaided
 PLAIN = SimpleNamespace(detach_background=True, head="linear", unknown=False)
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 SMALL = """
