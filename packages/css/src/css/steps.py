@@ -6,14 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from polymodal.errors import UserError
 from polymodal.files import write_bytes, write_json
 
-__all__ = ["META_VERSION", "load_weights", "save_weights", "step_done", "step_folder", "write_done"]
+__all__ = ["META_VERSION", "load_weights", "reopen_steps", "save_weights", "step_done", "step_folder", "write_done"]
 
 META_VERSION = 1
 """Schema of the metadata in weight files and step folders; a newer one is refused."""
+
+_AGAIN = "css-train --resume then trains the step again"
 
 
 def step_folder(run_folder: Path, step: int) -> Path:
@@ -29,8 +30,21 @@ def step_done(run_folder: Path, step: int) -> dict[str, Any] | None:
     try:
         done: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); delete it, and the step is trained again") from error
+        raise UserError(f"{path} is damaged ({error}); delete it, {_AGAIN}") from error
     return done
+
+
+def reopen_steps(run_folder: Path, first: int) -> list[int]:
+    """Mark ``first`` and all later steps as not finished, because ``first`` is trained again and they grew from it.
+
+    Returns:
+        The steps that were finished.
+    """
+    names = [path.parent.name for path in run_folder.glob("steps/*/done.json")]
+    finished = sorted(int(name) for name in names if name.isdigit() and int(name) >= first)
+    for step in finished:
+        (step_folder(run_folder, step) / "done.json").unlink()
+    return finished
 
 
 def write_done(run_folder: Path, step: int, facts: dict[str, Any]) -> None:
@@ -68,7 +82,8 @@ def load_weights(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             text = (handle.metadata() or {}).get("css")
             state = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (no mapping)
     except SafetensorError as error:
-        raise UserError(f"{path} is damaged ({error}); train the step again or take another file") from error
+        what = " ".join(str(error).split())
+        raise UserError(f"{path} is damaged ({what}); delete the done.json beside it, {_AGAIN}") from error
     if text is None:
         raise UserError(f"{path} holds no network of css-train; give a file that css-train wrote")
     return state, checked_meta(json.loads(text), path)
@@ -83,8 +98,3 @@ def checked_meta(meta: dict[str, Any], path: Path) -> dict[str, Any]:
     if meta.get("schema_version", 1) > META_VERSION:
         raise UserError(f"{path}: schema version {meta['schema_version']} is newer than this css reads; update it")
     return meta
-
-
-def confusion_to_json(confusion: np.ndarray) -> dict[str, Any]:
-    """Counts as plain data."""
-    return {"channels": int(confusion.shape[0]), "matrix": confusion.astype(int).tolist()}

@@ -15,7 +15,7 @@ from polymodal.errors import UserError
 from css.data import READERS
 from css.methods import METHODS
 from css.settings import CSSConfig
-from css.steps import step_done, step_folder
+from css.steps import reopen_steps, step_done, step_folder
 from css.task import Task
 
 if TYPE_CHECKING:
@@ -207,6 +207,9 @@ class Job:
         for step in range(self.task.num_steps):
             done = step_done(run.folder, step)
             if done is None:
+                again = reopen_steps(run.folder, step) if run.is_writer else []
+                if again:
+                    log.warning("steps %s grew from step %d and are trained again with it", again, step)
                 done = self.run_step(run, step, offset, reports)
             reports.append(read_report(step_folder(run.folder, step)))
             offset = int(done["optimizer_steps"])
