@@ -1,7 +1,10 @@
-"""A DataLoader that starts drawing batches with the first one that is asked for."""
+"""A DataLoader that starts drawing batches with the first one asked for, and whose workers never stay behind."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,8 +22,13 @@ class LazyLoader(DataLoader[Any]):
     sampler that is pointed at the place of a resumed run in that hook would be too late: the workers would have been
     given the first batches of epoch 0. Arguments are those of ``torch.utils.data.DataLoader``.
 
-    A ``UserError`` of a worker process arrives as the one line that it was, without the worker's traceback.
+    A ``UserError`` of a worker process arrives as the one line that it was, without the worker's traceback. Workers end
+    with the process that reads from them, also when that is killed.
     """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        options.setdefault("worker_init_fn", _end_with_parent)
+        super().__init__(*arguments, **options)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Batches of one epoch."""
@@ -28,6 +36,23 @@ class LazyLoader(DataLoader[Any]):
             yield from super().__iter__()
         except UserError as error:
             raise UserError(_own_words(str(error))) from error
+
+
+def _end_with_parent(worker: int) -> None:
+    """In a worker: end when the training process is gone.
+
+    torch's own watch looks at the id of the parent process. A fork server is the parent of its workers, and it in turn
+    stays as long as they do: after a kill of the training, both would keep their memory for ever.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _own_words(message: str) -> str:
