@@ -408,7 +408,8 @@ class PlainProgress(L.Callback):
         parts = [f"epoch {done}/{total}"]
         if "loss" in pl_module.train_logs:
             parts.append(f"loss {_scalar(pl_module.train_logs['loss']):.3f}")
-        parts += [f"{k} {v:.3f}" for k, v in list(pl_module.last_metrics.items())[:3]]
+        if done % (trainer.check_val_every_n_epoch or 1) == 0:
+            parts += [f"{k} {v:.3f}" for k, v in list(pl_module.last_metrics.items())[:3]]
         rate = (trainer.global_step - self._step) / max(spent, 1e-9)
         parts.append(f"{rate:.1f} steps/s · {spent:.0f} s, {left:.0f} s left")
         sys.stderr.write(" · ".join(parts) + "\n")
