@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 from css import data_command, evaluate, predict_command
+from css import train as train_command
 from css.data import READERS
 from css.methods import METHODS
 from css.models.build import build_network
@@ -129,6 +131,16 @@ def _caller(main, name, monkeypatch, capsys) -> Callable[..., Result]:
         return Result(code, captured.out, captured.err)
 
     return call
+
+
+@pytest.fixture
+def css_train(monkeypatch, capsys, tmp_path) -> Callable[..., Result]:
+    """``css-train`` in this process; runs go to ``tmp_path / "runs"``, W&B is off."""
+    monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))  # put back after the command
+    monkeypatch.delenv("POLYMODAL_SHARED_RUN", raising=False)
+    call = _caller(train_command.main, "css-train", monkeypatch, capsys)
+    quiet = ["--out", tmp_path / "runs", "--log.wandb", "off", "--trainer.progress", "none"]
+    return lambda *arguments: call(*arguments, *quiet)
 
 
 @pytest.fixture
