@@ -52,6 +52,47 @@ def test_unknown_option_suggests(table):
         table.create("ssaw", 8, moode="gate")
 
 
+class Typed:
+    """Stands for a method class with options of all kinds."""
+
+    def __init__(self, rate: float = 1.0, most: int = 3, fast: bool = True, lam: float | None = None, end: str = "a"):
+        self.given = (rate, most, fast, lam, end)
+
+
+@pytest.fixture
+def typed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "polymodal_typed_methods", type(sys)("polymodal_typed_methods"))
+    sys.modules["polymodal_typed_methods"].Typed = Typed
+    return Registry("method", [row("typed", "polymodal_typed_methods:Typed")])
+
+
+def test_options_of_the_right_type_are_passed(typed):
+    given = {"rate": 2, "most": 4, "fast": False, "lam": None, "end": "b"}
+    assert typed.create("typed", **given).given == tuple(given.values())
+    assert typed.create("typed", lam=0.5).given[3] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("rate", "high", "option rate='high'; expected a number"),
+        ("rate", "1e-3", "option rate='1e-3'; expected a number; YAML takes 1e-3 for a text, write 0.001"),
+        ("rate", True, "option rate=True; expected a number"),
+        ("rate", None, "option rate=None; expected a number"),
+        ("most", 2.5, "option most=2.5; expected a whole number"),
+        ("most", True, "option most=True; expected a whole number"),
+        ("fast", "yes", "option fast='yes'; expected true or false"),
+        ("fast", 1, "option fast=1; expected true or false"),
+        ("lam", "none", "option lam='none'; expected a number or null"),
+        ("end", 3, "option end=3; expected a text"),
+    ],
+)
+def test_options_of_another_type_are_refused(typed, key, value, words):
+    with pytest.raises(UserError) as refusal:
+        typed.create("typed", **{key: value})
+    assert str(refusal.value) == f"method 'typed': {words}"
+
+
 def test_a_type_error_inside_the_method_is_not_blamed_on_the_user(table):
     with pytest.raises(TypeError):
         table.create("ssaw", 8, mode="nested")

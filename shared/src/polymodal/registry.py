@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import types
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from polymodal.errors import UserError, did_you_mean
 
@@ -100,7 +101,8 @@ class Registry:
         """Create the method ``name`` with its options.
 
         Raises:
-            UserError: unknown name, or an option that the method does not have.
+            UserError: unknown name, an option that the method does not have, or a value of another type than the
+                constructor's annotation says (checked for numbers, texts and switches).
         """
         cls = self.load(name)
         try:
@@ -112,4 +114,27 @@ class Registry:
         if unknown and not open_ended:
             hint = did_you_mean(unknown[0], accepted)
             raise UserError(f"{self.kind} {name!r} has no option {unknown[0]!r}; {hint}known: {', '.join(accepted)}")
+        try:
+            hints = get_type_hints(cls.__init__)
+        except NameError:  # names that only a type checker imports
+            hints = {}
+        for key, value in config.items():
+            _check_type(f"{self.kind} {name!r}: option {key}", value, hints.get(key))
         return cls(*args, **config)
+
+
+_PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+
+
+def _check_type(what: str, value: Any, hint: Any) -> None:
+    """Refuse a value from a command line or file that is no ``hint``; hints beyond ``_PLAIN`` and None say nothing."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if any(kind not in _PLAIN and kind is not types.NoneType for kind in kinds):
+        return
+    accepts = {*kinds, int} if float in kinds else set(kinds)
+    if type(value) in accepts or (not isinstance(value, bool) and isinstance(value, tuple(accepts))):
+        return
+    expected = " or ".join(_PLAIN.get(kind, "null") for kind in kinds)
+    number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value) and float in kinds
+    hint_text = f"; YAML takes {value} for a text, write {float(value)}" if number else ""
+    raise UserError(f"{what}={value!r}; expected {expected}{hint_text}")
