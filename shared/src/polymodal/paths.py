@@ -72,12 +72,13 @@ def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
     return tuple((1, int(p), "") if p.isdecimal() else (0, 0, p) for p in parts)
 
 
-def read_text_lines(path: Path, what: str) -> list[str]:
+def read_text_lines(path: Path, what: str, remedy: str = "copy it there, or correct the path") -> list[str]:
     """Lines of an utf-8 text file, with or without a byte-order mark, LF or CRLF.
 
     Args:
         path: the file.
         what: what it is, for messages.
+        remedy: what to do when it is missing.
 
     Returns:
         Lines without their ends; line ``i`` of the list is line ``i + 1`` of the file.
@@ -85,7 +86,7 @@ def read_text_lines(path: Path, what: str) -> list[str]:
     Raises:
         UserError: the file is missing, or a line is not utf-8 (mixed encodings); the message has file and line.
     """
-    require_files(path.parent, [path.name], what)
+    require_files(path.parent, [path.name], what, remedy)
     data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     lines: list[str] = []
     for number, raw in enumerate(data.split(b"\n"), start=1):
