@@ -77,7 +77,7 @@ def train(config: CSSConfig) -> None:
     config.data.check()
     info = METHODS.info(config.method)
     job = Job(config)
-    job.check_steps()
+    job.check()
     if config.dry_run:
         sys.stdout.write(job.plan() + "\n")
         return
@@ -135,21 +135,24 @@ class Job:
         self.named_task = make_task(config)
         self.task = make_task(config, offline=True) if self.method.offline else self.named_task
         self.base = len(self.named_task.steps[0])
+        self.parameters = 0
 
     @cached_property
     def fingerprint(self) -> str:
         """Of the data set."""
         return self.config.data.fingerprint()
 
-    def check_steps(self) -> None:
-        """Look at every step before the first one is trained.
+    def check(self) -> None:
+        """Look at every step and at the network before a run folder is made.
 
         Raises:
-            UserError: a step without pictures, or a split file that does not fit.
+            UserError: a step without pictures, a split file that does not fit, or a network that cannot be built.
         """
         for step in range(self.task.num_steps):
             for split in ("train", "test"):
                 self.pictures(step, split)
+        if self.config.dry_run or not self.config.resume:
+            self.parameters = sum(p.numel() for p in build_context(self, 0, None).net.parameters())
 
     def pictures(self, step: int, split: str) -> list[int]:
         """Numbers of a step's pictures in a split."""
@@ -181,14 +184,12 @@ class Job:
 
     def plan(self) -> str:
         """What would be trained, for ``--dry-run``."""
-        ctx = build_context(self, 0, None)
-        count = sum(p.numel() for p in ctx.net.parameters())
         reader, config = self.config.data, self.config
         sizes = [len(reader.items(split)) for split in ("train", "test")]
         lines = [f"data     {reader.name}: {sizes[0]} training, {sizes[1]} test pictures, setting {config.setting}"]
         lines += [
             f"method   {config.method} {config.options_of_method() or ''}".rstrip(),
-            f"network  {count:,} parameters",
+            f"network  {config.network.name}, {self.parameters:,} parameters in step 0",
         ]
         names = reader.class_names()
         for step, classes in enumerate(self.task.steps):

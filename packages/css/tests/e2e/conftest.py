@@ -139,8 +139,8 @@ def css_train(monkeypatch, capsys, tmp_path) -> Callable[..., Result]:
     monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))  # put back after the command
     monkeypatch.delenv("POLYMODAL_SHARED_RUN", raising=False)
     call = _caller(train_command.main, "css-train", monkeypatch, capsys)
-    quiet = ["--out", tmp_path / "runs", "--log.wandb", "off", "--trainer.progress", "none"]
-    return lambda *arguments: call(*arguments, *quiet)
+    quiet = ["--log.wandb", "off", "--trainer.progress", "none"]
+    return lambda *arguments: call(*arguments, *quiet, *([] if "--out" in arguments else ["--out", tmp_path / "runs"]))
 
 
 @pytest.fixture
