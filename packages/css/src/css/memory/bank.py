@@ -77,6 +77,7 @@ class InstanceBank:
         for channel in sorted({entry.slot for entry in memory.entries}):
             numbers = [number for number, entry in enumerate(memory.entries) if entry.slot == channel]
             self.slots[channel] = torch.tensor(numbers)
+        self._numbers = {channel: slot.tolist() for channel, slot in self.slots.items()}  # single ones are read faster
         self.to(device)
 
     def __len__(self) -> int:
@@ -123,14 +124,14 @@ class InstanceBank:
         Raises:
             ValueError: a slot without entries.
         """
-        wanted = [int(channel) for channel in channels]
+        wanted = torch.as_tensor(channels).tolist()
         draws = torch.rand(len(wanted), generator=generator, dtype=torch.float64).tolist()
         found = []
         for channel, draw in zip(wanted, draws, strict=True):
-            slot = self.slots.get(channel)
+            slot = self._numbers.get(channel)
             if slot is None:
                 raise ValueError(f"channel {channel} has no entries; slots: {', '.join(map(str, self.slots))}")
-            found.append(int(slot[int(draw * len(slot))]))
+            found.append(slot[int(draw * len(slot))])
         return torch.tensor(found, dtype=torch.int64)
 
     def augment(

@@ -185,10 +185,9 @@ class EIR(PseudoLabels):
         images = batch.images.clone()
         columns = [torch.tensor(column) for column in (plan.pictures, plan.classes, plan.cells, plan.rounds)]
         pictures, classes, cells, rounds = columns
-        for number in range(int(rounds.max()) + 1):
-            now = (rounds == number).nonzero().flatten()
-            where = pictures[now].to(origins.device)
-            places = origins[where, cells[now].to(origins.device)]
+        places = origins[pictures.to(origins.device), cells.to(origins.device)]
+        for number in range(max(plan.rounds) + 1):
+            now = (rounds == number).nonzero().flatten() if any(plan.rounds) else slice(None)
             paste_batch(
                 images,
                 target,
@@ -196,7 +195,7 @@ class EIR(PseudoLabels):
                 entries=entries[now],
                 classes=classes[now],
                 pictures=pictures[now],
-                origins=places,
+                origins=places[now],
                 cell=cell,
                 lams=lam[now],
                 boxes=boxes[now],
@@ -213,8 +212,8 @@ class EIR(PseudoLabels):
         found = torch.zeros(2, len(labels), 256, dtype=torch.bool, device=labels.device)
         for row, values in zip(found, (labels, truth), strict=True):
             row.scatter_(1, values.flatten(1), True)
-        only = (found[0] & ~found[1])[:, 1:channels].cpu()
-        return [[int(c) + 1 for c in row.nonzero().flatten()] for row in only]
+        only = (found[0] & ~found[1])[:, 1:channels].tolist()
+        return [[channel for channel, there in enumerate(row, start=1) if there] for row in only]
 
     def plan(
         self, seen: Sequence[Sequence[int]], slots: Mapping[int, Tensor], cells: int, generator: torch.Generator
@@ -234,7 +233,7 @@ class EIR(PseudoLabels):
             fills: list[int] = []
             if len(chosen) < 2 and known:
                 picks = torch.randint(len(known), (most - len(chosen),), generator=generator)
-                fills = [known[int(pick)] for pick in picks]
+                fills = [known[pick] for pick in picks.tolist()]
             for place, cls in enumerate([*chosen, *fills]):
                 first = self.fill_position == "first" and place >= len(chosen)
                 plan.pictures.append(picture)
@@ -247,7 +246,7 @@ class EIR(PseudoLabels):
     def entries(self, bank: InstanceBank, classes: Sequence[int], generator: torch.Generator) -> Tensor:
         """An entry of the memory for each paste."""
         if self.instance_selection:
-            return bank.draw(torch.tensor(classes), generator)
+            return bank.draw(classes, generator)
         return torch.tensor([int(bank.slots[cls][0]) for cls in classes])
 
     def crops(self, bank: InstanceBank, entries: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from css.task import IGNORE
+
 if TYPE_CHECKING:
     from css.memory.bank import InstanceBank
 
@@ -292,8 +294,8 @@ def _under_mask(
     y, x = torch.where(used, crops.nearest(places), 0)  # the extent of a mask lies within its stored box
     base = y * crops.stored[1, :, None] + bank.start[entries][:, None]
     flat = base[:, :, None] + x[:, None, :]
-    hit = bank.labels.index_select(0, flat.flatten()).view_as(flat) == classes.to(torch.uint8)[:, None, None]
-    hit &= used[0, :, :, None]
+    wanted = torch.where(used[0], classes[:, None], IGNORE).to(torch.uint8)  # which no label of the bank is
+    hit = bank.labels.index_select(0, flat.flatten()).view_as(flat) == wanted[:, :, None]
     hit &= used[1, :, None, :]
     return hit.nonzero(as_tuple=True)
 
