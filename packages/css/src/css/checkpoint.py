@@ -61,7 +61,9 @@ def load_network(path: Path) -> Loaded:
     try:
         net.load_state_dict(state)
     except RuntimeError as error:
-        raise UserError(f"{file}: weights do not fit the network they name ({' '.join(str(error).split())})") from error
+        what = " ".join(str(error).split())
+        what = what if len(what) < 200 else f"{what[:200]} …"  # it lists every tensor
+        raise UserError(f"{file}: weights do not fit the network they name; take another file ({what})") from error
     return Loaded(net.eval(), meta, method, file)
 
 
