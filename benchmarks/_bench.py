@@ -117,12 +117,34 @@ def _compared(
     )
 
 
-def value(what: str, unit: str, values: Sequence[float], *, below: float | None = None, **detail: Any) -> Row:
+def value(
+    what: str,
+    unit: str,
+    values: Sequence[float],
+    *,
+    below: float | None = None,
+    at_least: float | None = None,
+    **detail: Any,
+) -> Row:
     """A figure without a baseline (a rate, a share): its median and quartiles."""
     low, middle, high = quartiles(values)
     row = Row(what=what, unit=unit, ours=middle, low=low, high=high, runs=len(values), detail=detail)
     if below is not None:
         row.target, row.met = f"< {below:g} {unit}", middle < below
+    if at_least is not None:
+        row.target, row.met = f">= {at_least:g} {unit}", middle >= at_least
+    return row
+
+
+def against(
+    what: str, unit: str, ours: Sequence[float], baseline: Sequence[float], *, at_most: float | None = None
+) -> Row:
+    """Figures other than times next to those of a baseline: ratio of the medians, ours / baseline."""
+    low, _, high = quartiles([a / b for a, b in zip(ours, baseline, strict=True)])
+    top, bottom = statistics.median(ours), statistics.median(baseline)
+    row = Row(what, unit, top, bottom, top / bottom, low, high, runs=len(ours))
+    if at_most is not None:
+        row.target, row.met = f"<= {at_most:.2f}", top / bottom <= at_most
     return row
 
 

@@ -34,6 +34,16 @@ def test_ratios_are_of_medians_and_quartiles_of_neighbouring_runs(bench):
     assert bench.overhead("x", ours, theirs, at_most=0.24).met is False
     share = bench.value("x", "%", [9.0, 11.0, 12.0], below=10)
     assert (share.ours, share.low, share.high, share.met, share.target) == (11, 10, 11.5, False, "< 10 %")
+    rate = bench.value("x", "pictures/s", [29.0, 30.0, 31.0], at_least=30)
+    assert (rate.met, rate.target) == (True, ">= 30 pictures/s")
+    assert bench.value("x", "pictures/s", [29.9], at_least=30).met is False
+
+
+def test_figures_that_are_no_times_are_compared_as_they_are(bench):
+    row = bench.against("x", "MiB", [3.0, 4.0, 8.0], [2.0, 4.0, 4.0], at_most=1.0)
+    assert (row.unit, row.ours, row.baseline, row.ratio, row.low, row.high) == ("MiB", 4, 4, 1, 1.25, 1.75)
+    assert (row.met, row.target, row.cpu_ratio, row.runs) == (True, "<= 1.00", None, 3)
+    assert bench.against("x", "MiB", [5.0], [4.0], at_most=1.2).met is False
 
 
 def test_runs_take_turns_after_the_warm_up(bench):
@@ -91,7 +101,38 @@ def test_prefix_search_finds_what_generate_finds(bench):
     assert inputs.prefix_search(model, states, mask, vocab, beams=3, tokens=5) == found
 
 
-@pytest.mark.parametrize(("script", "sections"), [("shared", ["small"]), ("slt", ["packed", "beam", "rates", "split"])])
+def test_drawn_pictures_are_read_in_the_layouts_and_each_class_is_one_region(bench, monkeypatch):
+    from css.data.ade import ADE20K
+    from css.data.voc import VOC
+    from css.memory.components import admissible
+
+    monkeypatch.setenv("POLYMODAL_CACHE", "before")
+    inputs = importlib.import_module("benchmarks._css_inputs")
+    with inputs.voc_folder(26, 22) as home:
+        voc = VOC(root=home, augmented=False)
+        items = voc.items("train")
+        masks = [voc.load_mask(item) for item in items]
+        assert {number for found in voc.class_sets("train") for number in found} == set(range(1, 21))
+        assert all(
+            mask.shape == voc.load_image(item).shape[:2] == (375, 500) for item, mask in zip(items, masks, strict=True)
+        )
+        assert all(admissible(mask) and (mask == 255).any() for mask in masks)
+        assert (masks[22] == masks[0]).all()
+        assert not (masks[1] == masks[0]).all()
+    assert not home.exists()
+    assert os.environ["POLYMODAL_CACHE"] == "before"
+    with inputs.ade_folder(3) as home:
+        assert ADE20K(root=home).class_sets("train") == [(1,), (2, 9), (3, 10)]
+
+
+@pytest.mark.parametrize(
+    ("script", "sections"),
+    [
+        ("shared", ["small"]),
+        ("slt", ["packed", "beam", "rates", "split"]),
+        ("css", ["step", "index"]),
+    ],
+)
 def test_sections_run_in_tiny_sizes(bench, script, sections, tmp_path, monkeypatch):
     import torch
 
@@ -109,13 +150,13 @@ def test_sections_run_in_tiny_sizes(bench, script, sections, tmp_path, monkeypat
 
 
 def run_script(script, *arguments, cwd):
-    """The script as a file, from a foreign folder; ``benchmarks/slt.py`` must not hide the package ``slt``."""
+    """The script as a file, from a foreign folder; ``slt.py`` and ``css.py`` must not hide packages."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "POLYMODAL_CACHE": str(cwd / "cache")}
     command = [sys.executable, ROOT / "benchmarks" / script, *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
 
 
-@pytest.mark.parametrize("script", ["shared.py", "slt.py"])
+@pytest.mark.parametrize("script", ["shared.py", "slt.py", "css.py"])
 def test_scripts_start_from_any_folder(script, tmp_path):
     done = run_script(script, "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -128,3 +169,13 @@ def test_waiting_for_data_runs_in_tiny_sizes(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "slt_wait.json").read_text())["rows"]
     assert all(0 < row["ours"] < 100 for row in rows)
+
+
+@pytest.mark.slow
+def test_workers_and_processes_run_in_tiny_sizes(tmp_path):
+    done = run_script("css.py", "loader", "memory", "--quick", "--out", tmp_path, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name, count in (("loader", 4), ("memory", 2)):
+        rows = json.loads((tmp_path / f"css_{name}.json").read_text())["rows"]
+        assert len(rows) == count
+        assert all(row["ours"] > 0 for row in rows)
