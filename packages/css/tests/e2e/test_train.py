@@ -19,6 +19,7 @@ import torch
 from css.checkpoint import load_network
 from css.methods import METHODS
 from css.metrics import segmentation_report
+from css.module import CSSModule
 from css.report import read_reports
 from css.steps import load_weights
 from PIL import Image
@@ -111,6 +112,31 @@ def test_normalisation_statistics_stay_those_of_the_base_step(css_run: Path) -> 
         assert all(torch.equal(states[0][name], later[name]) for name in frozen)
     convolutions = [name for name in states[0] if name.endswith("weight") and states[0][name].ndim == 4]
     assert any(not torch.equal(states[0][name], states[2][name]) for name in convolutions), "the network has learnt"
+
+
+def test_the_old_network_is_that_of_the_step_before_and_stays_so(
+    css_train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    met: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
+
+    def keep(self: CSSModule, moment: str) -> None:
+        assert self.ctx.old is None or not self.ctx.old.training
+        state = {} if self.ctx.old is None else self.ctx.old.state_dict()
+        met[self.ctx.step, moment] = {name: value.clone() for name, value in state.items()}
+
+    for hook in ("on_fit_start", "on_test_epoch_end"):
+        original = getattr(CSSModule, hook)
+        monkeypatch.setattr(
+            CSSModule, hook, lambda self, hook=hook, original=original: (keep(self, hook), original(self))
+        )
+    result = css_train(*TINY, "--task", "1-1")
+    assert result.code == 0, result.err
+    (folder,) = (tmp_path / "runs" / "css").iterdir()
+    for step in (1, 2):
+        stored, _ = load_weights(folder / "steps" / f"0{step - 1}" / "weights.safetensors")
+        for moment in ("on_fit_start", "on_test_epoch_end"):
+            assert met[step, moment].keys() == stored.keys()
+            assert all(torch.equal(met[step, moment][name], value) for name, value in stored.items())
 
 
 # ------------------------------------------------------------------ the console script
