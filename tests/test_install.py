@@ -1,4 +1,4 @@
-"""Each wheel alone in a fresh environment; for polymodal-slt help, a preset by name and the smallest run too."""
+"""Each wheel alone in a fresh environment; where there are commands: help, a preset by name, the smallest run."""
 
 from __future__ import annotations
 
@@ -31,29 +31,30 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *("polymodal", "polymodal_slt", "polymodal_css", "polymodal_fedcore"),
         *("polymodal_vlm_accel", "polymodal_missing_modal"),
     }
-    call("uv", "venv", folder / "venv", cwd=folder)
-    python = folder / "venv" / "bin" / "python"
-    call("uv", "pip", "install", "--python", python, "--find-links", folder / "dist", "polymodal-slt", cwd=folder)
     return folder
 
 
-def test_slt_installs_and_runs_alone(environment: Path) -> None:
-    programs = environment / "venv" / "bin"
-    installed = call("uv", "pip", "list", "--python", programs / "python", cwd=environment)
-    assert "polymodal-slt" in installed
-    assert "polymodal-css" not in installed
+@pytest.mark.parametrize(("module", "preset", "method"), [("slt", "csl_daily_qa", "ssaw"), ("css", "voc_15-1", "eir")])
+def test_installs_and_runs_alone(environment: Path, module: str, preset: str, method: str, tmp_path: Path) -> None:
+    call("uv", "venv", tmp_path / "venv", cwd=tmp_path)
+    programs = tmp_path / "venv" / "bin"
+    options = ("--python", programs / "python", "--find-links", environment / "dist")
+    call("uv", "pip", "install", *options, f"polymodal-{module}", cwd=tmp_path)
+    installed = call("uv", "pip", "list", "--python", programs / "python", cwd=tmp_path)
+    ours = {line.split()[0] for line in installed.splitlines() if line.startswith("polymodal")}
+    assert ours == {"polymodal", f"polymodal-{module}"}
     assert "pytest" not in installed
-    assert "--data" in call(programs / "slt-train", "--help", cwd=environment)
-    assert "class_path" in call(programs / "slt-train", "--config", "csl_daily_qa", "--print_config", cwd=environment)
-    home = {"HOME": str(environment), "POLYMODAL_CACHE": str(environment / "cache"), "OMP_NUM_THREADS": "1"}
-    output = call(programs / "slt-train", "--config", "smoke", cwd=environment, **home)
+    train = programs / f"{module}-train"
+    assert "--data" in call(train, "--help", cwd=tmp_path)
+    assert "class_path" in call(train, "--config", preset, "--print_config", cwd=tmp_path)
+    home = {"HOME": str(tmp_path), "POLYMODAL_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    output = call(train, "--config", "smoke", cwd=tmp_path, **home)
     assert "run folder" in output
     assert "wandb sync" in output
-    report = call(programs / "polymodal", "report", "runs", cwd=environment, **home)
-    assert "ssaw" in report
+    assert method in call(programs / "polymodal", "report", "runs", cwd=tmp_path, **home)
 
 
-@pytest.mark.parametrize("module", ["polymodal", "fedcore", "vlm_accel", "css", "missing_modal"])
+@pytest.mark.parametrize("module", ["polymodal", "fedcore", "vlm_accel", "missing_modal"])
 def test_others_install_alone(environment: Path, module: str, tmp_path: Path) -> None:
     distribution = "polymodal" if module == "polymodal" else f"polymodal-{module.replace('_', '-')}"
     call("uv", "venv", tmp_path / "venv", cwd=tmp_path)
