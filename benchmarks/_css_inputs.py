@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -162,7 +163,7 @@ def later_step(
 ) -> LaterStep:
     """Step 1 of a task as ``css-train`` sets it up, but for a teacher that was not trained.
 
-    A random teacher is sure of nothing: there are no pseudo-labels, so that each picture gets the most instances.
+    Its logits are near 0: it is sure of nothing, and without pseudo-labels each picture gets the most instances.
     """
     import torch
     from css.data.datamodule import CSSDataModule
@@ -185,18 +186,23 @@ def later_step(
         seed=0,
         split_seed=0,
     )
-    old = build_network(network, [len(task.steps[0])], method=method)
-    net = build_network(network, [len(ids) for ids in task.steps[:2]], method=method)
-    ctx = StepContext(1, net, task.num_old(1), len(task.steps[1]))
-    ctx.old = old.frozen_copy().to(device)
+    replay = list(memory.entries) if method.replays() else []
+    data = CSSDataModule(reader, task, "overlap", 1, loader, replay=replay, mix=method.mix)
+    old = build_network(network, [len(task.steps[0])], method=method).to(device)
+    with torch.no_grad():  # untrained statistics would let the logits grow beyond all bounds
+        for batch in itertools.islice(data.plain_batches(), 4):
+            old.train()(batch.images.to(device))
+        for parameter in old.head_parameters():
+            parameter.mul_(0.02)
+    net = build_network(network, [len(ids) for ids in task.steps[:2]], method=method).to(device)
+    ctx = StepContext(1, net, task.num_old(1), len(task.steps[1]), old=old.frozen_copy())
     net.load_earlier(old.state_dict())
     method.init_new_head(ctx)
     if method.freeze_norm:
         net.freeze_norm()
-    net.to(device).train()
+    net.train()
     ctx.bank = InstanceBank(memory, device)
-    replay = list(memory.entries) if method.replays() else []
-    return LaterStep(ctx, method, CSSDataModule(reader, task, "overlap", 1, loader, replay=replay, mix=method.mix))
+    return LaterStep(ctx, method, data)
 
 
 def peak_memory(kind: str, channels: int, known: int, side: int, images: int) -> int:
