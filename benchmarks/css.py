@@ -1,6 +1,6 @@
 """Speed of continual segmentation: a step of EIR, the loader with pasting, memory of the distillation, the index.
 
-python benchmarks/css.py                  # all sections, about twenty minutes on one thread
+python benchmarks/css.py                  # all sections, about ten minutes on one thread
 python benchmarks/css.py step loader      # some of them
 python benchmarks/css.py --quick          # does it run?
 """
