@@ -418,6 +418,16 @@ def test_errors_name_the_samples(train) -> None:
     assert messages[0].startswith("loss is nan at step 0, batch of sample 7; all parameters are finite; lower")
 
 
+def test_signals_are_given_back_after_an_error(train) -> None:
+    def change(module) -> None:
+        module.loss = lambda batch, generator: 1 // 0
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.raises(ZeroDivisionError):
+        train(change=change)
+    assert {number: signal.getsignal(number) for number in before} == before
+
+
 def test_shared_callbacks_are_there(toy, trained: Run) -> None:
     trainer = build_trainer(TrainerConfig(progress="plain"), trained)
     kinds = [type(c) for c in trainer.callbacks]
