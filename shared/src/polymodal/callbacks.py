@@ -139,10 +139,6 @@ class Checkpoints(L.Callback):
         """Give the signals back."""
         self.stop.remove()
 
-    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Give the signals back: after an error, Lightning calls no ``teardown``."""
-        self.stop.remove()
-
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save by time or steps, and when the user asked to stop."""
         if trainer.global_step == self._step:  # in the middle of an accumulation

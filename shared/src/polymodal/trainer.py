@@ -259,8 +259,13 @@ def fit(
             if isinstance(logger, CsvLog):
                 offset = options.get("step_offset", 0)
                 logger.rewind(reached + offset, offset)
-    with quiet_lightning(), _interruptible():
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+    try:
+        with quiet_lightning(), _interruptible():
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+    finally:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by Lightning's callback connector
+            if isinstance(callback, Checkpoints):
+                callback.stop.remove()  # after an error, Lightning calls no teardown of callbacks
     run.checkpoint = run.checkpoint_marks = None  # a later stage starts from this one's weights, not from a file
     return trainer
 
