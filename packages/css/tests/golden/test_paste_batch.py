@@ -91,6 +91,21 @@ def test_a_round_equals_pasting_whole_augmented_pictures(seed, size, enlarge, fr
     torch.testing.assert_close(found[1], wanted[1], atol=1e-6, rtol=1e-6)
 
 
+def test_boxes_are_scaled_as_one_by_one_for_every_cell_and_length():
+    """A box whose scaled length is a whole number loses a pixel where the scale is off by one bit."""
+    length = torch.arange(2, 200)
+    for cell in range(2, 64):
+        side = torch.tensor(cell, dtype=torch.float64)
+        assert (side / (length + 1)).tolist() == [cell / (n + 1) for n in length.tolist()]
+    size, sizes = (35, 20), [(29, 29), (21, 27), (18, 32)]
+    images, targets, memory, bank, generator = scene(999998, size, 4, sizes)
+    arguments = pastes(bank, memory, 3, 4, 7, size, generator)
+    wanted = slow(images, targets, memory, *arguments)
+    found = paste_batch(images.clone(), targets.clone(), bank, *arguments)
+    torch.testing.assert_close(found[0], wanted[0], atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(found[1], wanted[1], atol=1e-6, rtol=1e-6)
+
+
 def test_a_call_may_fill_several_cells_of_a_picture():
     cell = cell_side(64)
     images, targets, memory, bank, generator = scene(1, (64, 64), 2, [(60, 64), (40, 70), (64, 64)])

@@ -197,7 +197,9 @@ def paste_batch(
     crops = _Crops.of(boxes, bank.corners[entries], bank.sizes[entries], height, width)
     first, last = _extent(runs, valid, crops.nearest())
     length = last - first + 1
-    scale = (cell / (length + 1).double()).amin(0)
+    # A real division: "number / tensor" multiplies by the reciprocal, and 7 * (1 / 35) of 20 columns would be 3, not 4.
+    side = torch.tensor(cell, dtype=torch.float64, device=device)
+    scale = (side / (length + 1)).amin(0)
     scale = scale if enlarge else scale.clamp(max=1.0)
     scale = torch.where((length > 1).all(0), scale, 0.0)  # nothing to paste: no rows, no columns
     first[1] = torch.where(flips, width - 1 - last[1], first[1])
