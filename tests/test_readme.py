@@ -97,7 +97,9 @@ def test_options_of_other_commands_exist() -> None:
     for name, language, _, text in blocks():
         for words in commands(text) if language == "bash" else []:
             program = words[0]
-            group = [words[1]] if program in ("slt-data", "css-data", "polymodal") and len(words) > 1 else []
+            # Commands of commands: their names come before the first option.
+            deep = 2 if words[1:2] == ["memory"] else 1
+            group = words[1 : 1 + deep] if program in ("slt-data", "css-data", "polymodal") else []
             tail = ["--help"] if program == "polymodal" else ["--help", "all"]
             key = " ".join([program, *group])
             if key not in helps:

@@ -100,6 +100,14 @@ def test_each_task_and_kind_of_job_has_its_table(runs):
     assert next(r for r in reports if r.task == "css").table.title == "css: voc"
 
 
+def test_a_metric_of_one_task_leaves_the_runs_of_others_out(runs):
+    factory.write_run(runs / "css" / "a", task="css", metrics={"test/miou_all": 60.0}, metric_signatures={})
+    assert [r.task for r in collect(options(runs, metrics=("test/bleu4",)))] == ["slt"]
+    assert {r.task for r in collect(options(runs, metrics=("test/*",)))} == {"slt", "css"}
+    with pytest.raises(UserError, match="no run has it"):
+        collect(options(runs, metrics=("test/nothing",)))
+
+
 def test_different_data_are_refused(runs):
     factory.write_run(runs / "slt" / "other", method="gbt", data={"name": "phoenix", "fingerprint": "beef"})
     with pytest.raises(UserError, match=r"2 data fingerprints.*--mix"):

@@ -97,6 +97,9 @@ def collect(options: ReportOptions) -> list[TaskReport]:
     tasks: dict[tuple[str, str], list[RunRecord]] = {}
     for record in records:
         tasks.setdefault((record.text("task", "unknown"), record.text("job_type", "train")), []).append(record)
+    if options.metrics and len(tasks) > 1:  # a metric of one task leaves the runs of the others out
+        having = {key: members for key, members in tasks.items() if _has_any(members, options)}
+        tasks = having or tasks
     found: list[TaskReport] = []
     for (task, job), members in tasks.items():
         # A manifest that cannot be read belongs to no task: the first table says so.
@@ -106,6 +109,11 @@ def collect(options: ReportOptions) -> list[TaskReport]:
         states = ", ".join(sorted({r.text("status", "unknown") for r in records}))
         raise UserError(f"no finished run under {where} ({len(records)} are {states}); --unfinished includes them")
     return found
+
+
+def _has_any(records: Sequence[RunRecord], options: ReportOptions) -> bool:
+    names = set().union(*(r.metrics for r in records if r.finished or options.unfinished))
+    return any(fnmatch.filter(names, pattern) for pattern in options.metrics)
 
 
 def _task_report(
