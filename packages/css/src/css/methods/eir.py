@@ -64,7 +64,7 @@ class EIR(PseudoLabels):
         cell_share: side of a cell by the side of the picture (published: 250 of 512).
         enlarge: small instances are enlarged to the cell; off: they keep their size, larger ones shrink.
         lam: opacity of a paste; none draws it uniformly, Beta(1, 1).
-        augment: instances go through the random crop and flip of the loader.
+        augment: instances go through a random crop (0.5 to 2 of the area) and flip of their own, as published.
         init: as in ``FineTuning``.
         init_bias: as in ``FineTuning``.
 
