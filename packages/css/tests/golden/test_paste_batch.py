@@ -91,6 +91,14 @@ def test_a_round_equals_pasting_whole_augmented_pictures(seed, size, enlarge, fr
     torch.testing.assert_close(found[1], wanted[1], atol=1e-6, rtol=1e-6)
 
 
+def test_an_entry_with_an_empty_label_is_not_pasted():
+    images, targets, memory, bank, generator = scene(23984, (8, 8), 4, [(4, 4)])
+    arguments = pastes(bank, memory, 3, 4, 2, (8, 8), generator)
+    wanted = slow(images, targets, memory, *arguments)
+    found = paste_batch(images.clone(), targets.clone(), bank, *arguments)
+    torch.testing.assert_close(found, wanted)
+
+
 def test_boxes_are_scaled_as_one_by_one_for_every_cell_and_length():
     """A box whose scaled length is a whole number loses a pixel where the scale is off by one bit."""
     length = torch.arange(2, 200)

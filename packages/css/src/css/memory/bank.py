@@ -69,7 +69,9 @@ class InstanceBank:
         self.sizes = _pairs([label.shape for _, label in decoded])
         self.corners = _pairs([entry.box[:2] for entry in memory.entries])
         self.sources = _pairs([entry.size for entry in memory.entries])
-        self.runs, self.run_start, self.run_count = _index_runs([label for _, label in decoded])
+        self.runs, self.run_start, self.run_count = _index_runs(
+            [label for _, label in decoded], max((entry.slot for entry in memory.entries), default=0)
+        )
         self.shift = torch.tensor(MEAN)[:, None] * 255
         self.factor = 1 / (torch.tensor(STD)[:, None] * 255)
         self._host_count, self._host_sources = self.run_count, self.sources  # for draws and sizes without waiting
@@ -180,9 +182,12 @@ def _pairs(values: Sequence[Sequence[int]]) -> Tensor:
     return torch.tensor([list(pair) for pair in values], dtype=torch.int64).reshape(-1, 2)
 
 
-def _index_runs(labels: Sequence[np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs of all classes of all entries (2, 2, R), and first run and number of runs by entry and class (E, C)."""
-    top = max((int(label.max(initial=0)) for label in labels), default=0)
+def _index_runs(labels: Sequence[np.ndarray], top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs of all classes of all entries (2, 2, R), and first run and number of runs by entry and class (E, C).
+
+    Classes go up to ``top`` or the largest label: an entry whose label is empty has no run of its slot, and is skipped.
+    """
+    top = max([top, *(int(label.max(initial=0)) for label in labels)])
     start, count = np.zeros((2, len(labels), top + 1), np.int64)
     runs: list[np.ndarray] = [np.zeros((2, 2, 0), np.int64)]
     total = 0

@@ -190,6 +190,8 @@ def paste_batch(
     if len(entries) == 0:
         return images, soft_targets
     runs, valid = bank.spans(entries, classes)
+    if valid.shape[1] == 0:  # none of the entries shows its class
+        return images, soft_targets
     device = images.device
     entries, classes, pictures, origins, lams, boxes, flips = (
         tensor.to(device) for tensor in (entries, classes, pictures, origins, lams, boxes, flips)
