@@ -93,7 +93,7 @@ def inner(label, reach=2):
     pool = torch.nn.functional.max_pool2d
     high, low = pool(values, 2 * reach + 1, 1, reach), -pool(-values, 2 * reach + 1, 1, reach)
     found = (high == low)[0, 0]
-    # A last column of pixels may be skipped by the nearest ones alone; reduced, it still colours the next place but one.
+    # A last column of pixels may be skipped by the nearest ones alone; reduced, it colours the next place but one too.
     found[[0, 1, -2, -1]] = found[:, [0, 1, -2, -1]] = False
     return found
 
