@@ -1,0 +1,1 @@
+"""Pure tensor functions of the methods: no state, no logging, no trainer."""
