@@ -1,4 +1,4 @@
-"""Runs any algorithm on the softmax regression of ``_softmax.py`` through ``Simulation``, in float64 and a fixed order."""
+"""Run any algorithm on the softmax regression of ``_softmax.py`` through ``Simulation``: float64, stored order."""
 
 import torch
 import torch.nn.functional as F

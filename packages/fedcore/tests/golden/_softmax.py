@@ -1,7 +1,7 @@
 """Softmax regression in float64 NumPy: the model, the data and the order of the batches of all golden trajectories.
 
-Nothing here uses torch or the code under test. ``theta`` is ``concat(weight (C, d) row by row, bias (C,))``, which is the
-flat vector of ``nn.Linear(d, C)``.
+Nothing here uses torch or the code under test. ``theta`` is ``concat(weight (C, d) row by row, bias (C,))``, which is
+the flat vector of ``nn.Linear(d, C)``.
 """
 
 from typing import NamedTuple
