@@ -251,6 +251,10 @@ class Algorithm:
         """
         return params + reduced["delta"], server
 
+    def evaluation_params(self, server: Tree, params: Tensor) -> Tensor:
+        """What is evaluated and handed out after a round, (P,); the next round starts from ``params`` all the same."""
+        return params
+
     # ------------------------------------------------------------------ for subclasses
 
     def gradient(self, params: Tensor, grad_fn: GradFn, batch: Any, step: Step) -> Tensor:
