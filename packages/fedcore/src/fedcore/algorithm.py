@@ -54,7 +54,7 @@ class Context:
         round: index of the round, from 0.
         rounds: rounds of the whole run (T).
         num_clients: clients of the federation (N).
-        cohort: clients sampled in this round (s).
+        cohort: clients sampled in this round (s); in ``server_step`` those of them that reported.
         lr: local learning rate of this round.
         last_lr: of the round before; ``lr`` in round 0.
         steps: K: of the client at hand in client functions, the mean over reporting clients in ``server_step``.

@@ -44,7 +44,7 @@ def simulation(
         model(problem),
         datasets(problem),
         algorithm,
-        loss=lambda out, y: loss_scale * F.cross_entropy(out, y),
+        loss=lambda out, y, reduction="mean": loss_scale * F.cross_entropy(out, y, reduction=reduction),
         batch_size=batch_size,
         local_epochs=local_epochs,
         max_steps=max_steps,

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 import torch
 from torch import Tensor
 
 __all__ = ["descend", "local_rate", "rate_sum"]
 
-Steps = TypeVar("Steps", float, Tensor)
 
-
-def local_rate(lr: float, k: int, steps: Steps, rho: float) -> Steps:
+def local_rate(lr: float, k: int, steps: float | Tensor, rho: float) -> float | Tensor:
     """Rate of a local step under a linear decay from ``lr`` towards ``rho * lr``.
 
     ``lr * (1 - (k / K) * (1 - rho))``: the first step uses ``lr``, ``rho * lr`` would come at k = K. Written so that
@@ -34,7 +30,7 @@ def local_rate(lr: float, k: int, steps: Steps, rho: float) -> Steps:
     return lr * (1.0 - (k / steps) * (1.0 - rho))
 
 
-def rate_sum(lr: float, steps: Steps, rho: float) -> Steps:
+def rate_sum(lr: float, steps: float | Tensor, rho: float) -> float | Tensor:
     """Exact sum of ``local_rate`` over the steps of a round: ``lr * (K (1 + rho) + (1 - rho)) / 2``.
 
     Args:
