@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-__all__ = ["derive", "generator", "numpy_rng", "seed_step", "set_threads"]
+__all__ = ["derive", "generator", "numpy_rng", "seed_global", "seed_step", "set_threads"]
 
 
 def derive(seed: int, *names: str | int) -> int:
@@ -54,11 +54,11 @@ def seed_step(seed: int, *names: str | int) -> torch.Generator:
     Returns:
         A CPU generator for the explicit draws of ``TaskModule.loss``.
     """
-    _seed_global(derive(seed, "global", *names))
+    seed_global(derive(seed, "global", *names))
     return generator(seed, "loss", *names)
 
 
-def _seed_global(seed: int) -> None:
+def seed_global(seed: int) -> None:
     """``torch.manual_seed`` for the devices in use.
 
     The original queues the seed, with a formatted stack trace, for every kind of device that was not started: slow for

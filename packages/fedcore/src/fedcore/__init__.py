@@ -1,7 +1,30 @@
-"""Federated optimizers and their simulation on one machine.
+"""Federated optimizers, correct baselines, and their simulation on one machine.
 
-Not here yet: this package holds no method so far.
+Importing ``fedcore`` loads no torch; the names below are imported when they are first used.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
 __version__ = "0.1.0"
-__all__ = ["__version__"]
+
+_EXPORTS = {
+    "Algorithm": "fedcore.algorithm",
+    "History": "fedcore.history",
+    "RoundError": "fedcore.simulation",
+    "Simulation": "fedcore.simulation",
+    "federate": "fedcore.federated",
+}
+_MODULES = ("algorithms", "partition")
+
+__all__ = ["Algorithm", "History", "RoundError", "Simulation", "__version__", "algorithms", "federate", "partition"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"fedcore.{name}")
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -59,7 +59,7 @@ class ParamInfo:
 
     def view(self, flat: Tensor) -> Tensor:
         """The tensor (..., *shape) as a view of a flat vector (..., P)."""
-        return flat[..., self.start : self.stop].unflatten(-1, self.shape) if self.shape else flat[..., self.start]
+        return flat[..., self.start : self.stop].reshape(*flat.shape[:-1], *self.shape)
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,14 @@ class ParamSpec:
         dtype: of the flat vector (all trainable parameters must have it).
         frozen: names of parameters that are not trained.
         tied: further names of tied tensors -> first name.
+        ranks: layouts of the clients' models by adapter rank, on the server's layout only.
     """
 
     params: tuple[ParamInfo, ...]
     dtype: torch.dtype = torch.float32
     frozen: tuple[str, ...] = ()
     tied: tuple[tuple[str, str], ...] = ()
+    ranks: dict[int, ParamSpec] = field(default_factory=dict, compare=False)
 
     def __iter__(self) -> Iterator[ParamInfo]:
         return iter(self.params)
@@ -174,33 +176,37 @@ def _head_name(module: nn.Module) -> str:
     return f"{last}.weight" if last or linears else ""
 
 
+_BY_NAME: tuple[tuple[str, Kind], ...] = (
+    (r"lora_?A", "lora_a"),
+    (r"lora_?B", "lora_b"),
+    (r"pos(ition)?_?(embed|emb)", "position"),
+    (r"(cls|class|dist|mask|reg)_?token|class_embedding", "token"),
+)
+_PROJECTIONS: dict[str, Kind] = {
+    **dict.fromkeys(("q", "query", "q_proj", "q_lin"), "query"),
+    **dict.fromkeys(("k", "key", "k_proj", "k_lin"), "key"),
+    **dict.fromkeys(("v", "value", "v_proj", "v_lin"), "value"),
+    **dict.fromkeys(("qkv", "query_key_value", "c_attn"), "qkv"),
+}
+
+
 def _kind(name: str, parameter: Tensor, owner: nn.Module, own: str, heads: int, head: str) -> tuple[Kind, int]:
-    """What a tensor is for."""
-    last = name.rsplit(".", 2)[-2] if "." in name else ""
-    if re.search(r"lora_?A", name):
-        return "lora_a", 0
-    if re.search(r"lora_?B", name):
-        return "lora_b", heads
-    if re.search(r"pos(ition)?_?(embed|emb)|position_embeddings", name):
-        return "position", 0
-    if re.search(r"(cls|class|dist|mask|reg)_?token|class_embedding", name):
-        return "token", 0
+    """What a tensor is for, and the heads that divide it."""
+    for pattern, kind in _BY_NAME:
+        if re.search(pattern, name):
+            return kind, heads if kind == "lora_b" else 0
     if parameter.ndim < 2:
         return "vector", 0
     if name == head:
         return "head", 0
-    if isinstance(owner, nn.Embedding | nn.EmbeddingBag):
-        return "embedding", 0
-    if own == "in_proj_weight" or (last in ("qkv", "query_key_value", "c_attn") and heads):
+    if own == "in_proj_weight":
         return "qkv", heads
-    if last in ("q", "query", "q_proj", "q_lin") and heads:
-        return "query", heads
-    if last in ("k", "key", "k_proj", "k_lin") and heads:
-        return "key", heads
-    if last in ("v", "value", "v_proj", "v_lin") and heads:
-        return "value", heads
-    if isinstance(owner, nn.Linear):
-        return "linear", 0
-    if parameter.ndim >= 3 and isinstance(owner, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return "conv", 0
-    return "other", 0
+    projection = _PROJECTIONS.get(name.rsplit(".", 2)[-2] if "." in name else "")
+    if projection and heads:
+        return projection, heads
+    kinds: tuple[tuple[type | tuple[type, ...], Kind], ...] = (
+        ((nn.Embedding, nn.EmbeddingBag), "embedding"),
+        (nn.Linear, "linear"),
+        ((nn.Conv1d, nn.Conv2d, nn.Conv3d), "conv"),
+    )
+    return next((kind for types, kind in kinds if isinstance(owner, types)), "other"), 0

@@ -1,0 +1,70 @@
+"""A client's training data: any torch dataset, read by index batches instead of a loader per client."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from polymodal.errors import UserError
+from torch import Tensor
+from torch.utils.data import Subset, TensorDataset, default_collate
+
+__all__ = ["ClientData"]
+
+
+class ClientData:
+    """Batches of one client's data by index.
+
+    Args:
+        dataset: a ``TensorDataset`` or nested ``Subset`` of one (gathered without touching single samples); an object
+            with ``__len__`` and ``batch(indices, generator)`` (its own gathering and augmentation); or any map-style
+            dataset, whose samples are collated one by one.
+
+    Raises:
+        UserError: an object without a length or without samples by index.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        if not hasattr(dataset, "__len__") or not (hasattr(dataset, "__getitem__") or hasattr(dataset, "batch")):
+            raise UserError(f"client data of type {type(dataset).__name__}; expected a map-style dataset with a length")
+        self.size = len(dataset)
+        self._index: Tensor | None = None
+        while isinstance(dataset, Subset):
+            index = torch.as_tensor(dataset.indices, dtype=torch.long)
+            self._index = index if self._index is None else index[self._index]
+            dataset = dataset.dataset
+        self._dataset = dataset
+        self._gather = self._chosen_gather()
+
+    def __len__(self) -> int:
+        return self.size
+
+    def _chosen_gather(self) -> Callable[[Tensor, torch.Generator | None], Any]:
+        if isinstance(self._dataset, TensorDataset):
+            tensors = self._dataset.tensors
+            return lambda index, generator: tuple(tensor[index] for tensor in tensors)
+        if hasattr(self._dataset, "batch"):
+            return self._dataset.batch  # type: ignore[no-any-return]
+        return self._collate
+
+    def _collate(self, index: Tensor, generator: torch.Generator | None) -> Any:
+        return default_collate([self._dataset[i] for i in index.tolist()])
+
+    def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> Any:
+        """The samples at ``indices`` (B,) of this client; ``generator`` draws the augmentation, None leaves it out."""
+        return self._gather(indices if self._index is None else self._index[indices], generator)
+
+    @property
+    def augments(self) -> bool:
+        """Whether training batches are drawn with a generator."""
+        return getattr(self._dataset, "augment", None) is not None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...] | None:
+        """The underlying tensors where all samples are in memory and nothing is drawn, for stacked gathering."""
+        return self._dataset.tensors if isinstance(self._dataset, TensorDataset) else None
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Rows of ``tensors`` that this client's ``indices`` mean."""
+        return indices if self._index is None else self._index[indices]

@@ -1,0 +1,134 @@
+"""A model whose trainable parameters are views of whichever flat vector it is asked about."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from polymodal.seeding import seed_global
+from torch import Tensor
+
+from fedcore.batches import ClientData
+from fedcore.spec import ParamSpec
+from fedcore.tasks import Task
+
+__all__ = ["Learner"]
+
+EVAL_BATCH = 500
+"""samples of a forward pass without gradient"""
+
+
+class Learner:
+    """Gradients and metrics of one task as functions of a flat parameter vector.
+
+    The module's parameters are pointed at the vector instead of being copied into, so one model serves all clients.
+
+    Args:
+        task: what is trained.
+
+    Attributes:
+        spec: layout of the vector.
+        start: (P,) copy of the parameters that the module came with.
+        missing: spans of the vector that received no gradient in the last call.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.spec = ParamSpec.from_module(task.module)
+        self._parameters = [task.module.get_parameter(item.name) for item in self.spec]
+        with torch.no_grad():
+            self.start = torch.cat([p.detach().reshape(-1) for p in self._parameters])
+        self._pointed = self.start
+        self._point(self.start.clone())
+        self.device = self.start.device
+        self._buffers = [(name, b) for name, b in task.module.named_buffers() if b is not None]
+        self.missing: tuple[tuple[int, int], ...] = ()
+        task.module.train()
+
+    # ------------------------------------------------------------------ parameters and buffers
+
+    def _point(self, params: Tensor) -> None:
+        """Make the module's parameters views of ``params`` (P,)."""
+        if params.data_ptr() == self._pointed.data_ptr():
+            return
+        for item, parameter in zip(self.spec, self._parameters, strict=True):
+            parameter.data = params[item.start : item.stop].view(item.shape)
+        self._pointed = params
+
+    def _here(self, batch: Any) -> Any:
+        """The batch on the model's device."""
+        if self.device.type == "cpu":
+            return batch
+        from lightning.fabric.utilities import move_data_to_device
+
+        return move_data_to_device(batch, self.device)
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """Copies of the module's buffers by name."""
+        return {name: buffer.clone() for name, buffer in self._buffers}
+
+    def load_buffers(self, values: dict[str, Tensor]) -> None:
+        """Set the module's buffers."""
+        for name, buffer in self._buffers:
+            buffer.copy_(values[name])
+
+    def export(self, params: Tensor) -> None:
+        """Give the module its own copy of ``params``, for use outside."""
+        self._point(params.clone())
+
+    def check(self, batch: Any) -> None:
+        """One loss on a batch, with buffers and draws left as they were; raises what the model raises."""
+        kept = self.buffers
+        self.task.loss(self._here(batch), 0)
+        self.load_buffers(kept)
+
+    # ------------------------------------------------------------------ gradients
+
+    def __call__(self, params: Tensor, batch: Any, *, rng: int, update_buffers: bool = True) -> tuple[Tensor, Tensor]:
+        """Gradient (P,) and mean loss of a batch; see ``fedcore.algorithm.GradFn``."""
+        self._point(params)
+        seed_global(rng)
+        batch = self._here(batch)
+        kept = None if update_buffers or not self._buffers else self.buffers
+        loss = self.task.loss(batch, rng)
+        grads = torch.autograd.grad(loss, self._parameters, allow_unused=True)
+        if kept is not None:
+            self.load_buffers(kept)
+        if None in grads:
+            pairs = list(zip(self.spec, grads, strict=True))
+            self.missing = tuple((item.start, item.stop) for item, grad in pairs if grad is None)
+            return torch.cat([_flat(item.numel, grad, params) for item, grad in pairs]), loss.detach()
+        self.missing = ()
+        return torch.cat([grad.reshape(-1) for grad in grads]), loss.detach()
+
+    def full_gradient(self, params: Tensor, data: ClientData) -> Tensor:
+        """Mean gradient (P,) of the loss over all of ``data``, in eval mode."""
+        self.task.module.eval()
+        total = torch.zeros_like(params)
+        for batch in _chunks(data):
+            grad, _ = self(params, batch, rng=0, update_buffers=False)
+            total.add_(grad, alpha=self.task.size(batch) / len(data))
+        self.task.module.train()
+        return total
+
+    def evaluate(self, params: Tensor, data: ClientData) -> dict[str, float]:
+        """Metrics of ``params`` on ``data``, in eval mode; draws of the evaluation are always the same."""
+        self._point(params)
+        self.task.module.eval()
+        seed_global(0)
+        with torch.no_grad():
+            found = self.task.evaluate(map(self._here, _chunks(data)))
+        self.task.module.train()
+        return found
+
+
+def _flat(numel: int, grad: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_zeros(numel) if grad is None else grad.reshape(-1)
+
+
+def _chunks(data: ClientData) -> Iterator[Any]:
+    """All samples in stored order, without augmentation."""
+    for index in torch.arange(len(data)).split(EVAL_BATCH):
+        yield data.batch(index, None)
