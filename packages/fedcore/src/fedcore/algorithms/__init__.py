@@ -10,6 +10,8 @@ from polymodal.registry import MethodInfo, Registry
 __all__ = ["ALGORITHMS", "create"]
 
 _FEDSWA = "Liu et al. 2025, FedSWA (arXiv 2507.20016)"
+_FEDSAM = "Qu et al. 2022, FedSAM and MoFedSAM (arXiv 2206.02618)"
+_FEDOPT = "Reddi et al. 2021, FedOpt (arXiv 2003.00295)"
 _FEDAVG = "McMahan et al. 2017, FedAvg (arXiv 1602.05629)"
 
 ALGORITHMS = Registry(
@@ -79,6 +81,80 @@ ALGORITHMS = Registry(
             summary="FedAvg, evaluated at the mean of its last models (without their cyclic rate)",
             tags=("tier3", "sgd", "server"),
             fidelity="reconstruction",
+        ),
+        # ---- sharpness-aware local steps
+        MethodInfo(
+            name="fedsam",
+            target="fedcore.algorithms.fedsam:FedSAM",
+            paper=_FEDSAM,
+            summary="local sharpness-aware minimisation",
+            tags=("tier2", "sam"),
+        ),
+        MethodInfo(
+            name="fedasam",
+            target="fedcore.algorithms.fedasam:FedASAM",
+            paper="Caldarola et al. 2022, FedASAM (arXiv 2203.11834)",
+            summary="FedSAM in a ball scaled by the size of each parameter",
+            tags=("tier2", "sam"),
+        ),
+        MethodInfo(
+            name="mofedsam",
+            target="fedcore.algorithms.mofedsam:MoFedSAM",
+            paper=_FEDSAM,
+            summary="FedSAM with the last global move as momentum",
+            tags=("tier2", "sam"),
+        ),
+        MethodInfo(
+            name="fedlesam",
+            target="fedcore.algorithms.fedlesam:FedLESAM",
+            paper="Fan et al. 2024, FedLESAM (arXiv 2405.18890)",
+            summary="perturbs along the global model's own move, one backward pass a step",
+            tags=("tier2", "sam", "state"),
+        ),
+        MethodInfo(
+            name="fedgamma",
+            target="fedcore.algorithms.fedgamma:FedGAMMA",
+            paper="Dai et al. 2023, FedGAMMA (doi 10.1109/TNNLS.2023.3304453)",
+            summary="SCAFFOLD on sharpness-aware gradients",
+            tags=("tier3", "sam", "state"),
+        ),
+        MethodInfo(
+            name="fednsam",
+            target="fedcore.algorithms.fednsam:FedNSAM",
+            paper="Liu et al. 2026, FedNSAM (arXiv 2602.23827)",
+            summary="FedSAM from where the server's momentum leads",
+            tags=("tier3", "sam"),
+            fidelity="reconstruction",
+        ),
+        MethodInfo(
+            name="fedspeed",
+            target="fedcore.algorithms.fedspeed:FedSpeed",
+            paper="Sun et al. 2023, FedSpeed (arXiv 2302.10429)",
+            summary="corrected proximal steps on partly perturbed gradients",
+            tags=("tier3", "sam", "state"),
+            fidelity="reconstruction",
+        ),
+        # ---- adaptive server
+        MethodInfo(
+            name="fedadam",
+            target="fedcore.algorithms.fedadam:FedAdam",
+            paper=_FEDOPT,
+            summary="the server runs Adam on the mean move",
+            tags=("tier2", "server"),
+        ),
+        MethodInfo(
+            name="fedyogi",
+            target="fedcore.algorithms.fedyogi:FedYogi",
+            paper=_FEDOPT,
+            summary="FedAdam whose second moment moves by bounded steps",
+            tags=("tier3", "server"),
+        ),
+        MethodInfo(
+            name="fedadagrad",
+            target="fedcore.algorithms.fedadagrad:FedAdagrad",
+            paper=_FEDOPT,
+            summary="the server runs Adagrad on the mean move",
+            tags=("tier3", "server"),
         ),
     ],
 )
