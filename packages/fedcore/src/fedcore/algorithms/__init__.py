@@ -114,9 +114,10 @@ ALGORITHMS = Registry(
         MethodInfo(
             name="fedgamma",
             target="fedcore.algorithms.fedgamma:FedGAMMA",
-            paper="Dai et al. 2023, FedGAMMA (doi 10.1109/TNNLS.2023.3304453)",
+            paper="Dai et al. 2023, FedGAMMA (IEEE TNNLS)",
             summary="SCAFFOLD on sharpness-aware gradients",
             tags=("tier3", "sam", "state"),
+            fidelity="code",
         ),
         MethodInfo(
             name="fednsam",

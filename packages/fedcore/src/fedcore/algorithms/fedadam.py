@@ -19,8 +19,8 @@ class FedAdam(Algorithm):
     """Local SGD as in FedAvg; the server steps with moments of the mean move ``D`` of the round.
 
     ``m <- b1 m + (1-b1) D``, ``v <- b2 v + (1-b2) D^2``, ``theta <- theta + eta_s m / (sqrt(v) + tau)``, with m = 0 and
-    v = tau^2 at the start and no bias correction, as in the paper. With ``b1=0, b2=1, v0=1`` and a tau of nearly 0 it is
-    FedAvg with the server rate ``eta_s``.
+    v = tau^2 at the start and no bias correction, as in the paper. With ``b1=0, b2=1, v0=1`` and a tau of nearly 0 it
+    is FedAvg with the server rate ``eta_s``.
 
     Args:
         eta_s: server rate; to be searched from 0.01 to 0.1 (0.01 is what the authors of FedAdamW run).

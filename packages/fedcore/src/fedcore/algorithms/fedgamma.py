@@ -14,12 +14,12 @@ __all__ = ["FedGAMMA"]
 class FedGAMMA(FedSAM, Scaffold):
     """SCAFFOLD with the gradient at the worst point of a small ball in place of the plain one.
 
-    Step along ``g_sam - c_i + c``; ``c_i`` becomes the mean of the sharpness-aware gradients met on the way, with decay.
-    The perturbation itself is the client's own, uncorrected. Sends 2 P floats each way; a
-    client keeps P. ``r=0`` is SCAFFOLD.
+    Step along ``g_sam - c_i + c``; ``c_i`` becomes the mean of the sharpness-aware gradients met on the way, with
+    decay. The perturbation itself is the client's own, uncorrected. Sends 2 P floats each way; a client keeps P.
+    ``r=0`` is SCAFFOLD.
 
     Args:
         r: radius of the ball; FedSAM's default, since the paper's was not read.
 
-    Source: Dai et al. 2023, FedGAMMA, doi 10.1109/TNNLS.2023.3304453.
+    Source: Dai et al. 2023, FedGAMMA, IEEE TNNLS; checked against the script of one of its authors (FL-Simulator).
     """
