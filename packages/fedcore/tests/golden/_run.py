@@ -36,6 +36,7 @@ def simulation(
     max_steps=0,
     weighting="uniform",
     engine="serial",
+    shuffle=False,
     **options,
 ):
     """A ``Simulation`` with batches in stored order; all clients in every round unless ``cohorts`` are given."""
@@ -49,7 +50,7 @@ def simulation(
         local_epochs=local_epochs,
         max_steps=max_steps,
         cohorts=cohorts,
-        shuffle=False,
+        shuffle=shuffle,
         rounds=len(cohorts),
         weighting=weighting,
         engine=engine,
