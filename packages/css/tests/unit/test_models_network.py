@@ -281,7 +281,8 @@ def test_copy_background_makes_new_classes_answer_as_the_background(kind):
     heads.copy_background(net)
     logits = net(images()).logits
     assert torch.equal(logits[:, :3], old)
-    assert torch.equal(logits[:, 3:], logits[:, :1].expand(-1, 3, -1, -1))
+    # A convolution may add up its channels in different orders, depending on the processor.
+    torch.testing.assert_close(logits[:, 3:], logits[:, :1].expand(-1, 3, -1, -1), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["linear", "ssul"])
@@ -289,7 +290,7 @@ def test_from_unknown_makes_new_classes_answer_as_unknown(kind):
     net = varied(make((2, 3), head=kind, unknown=True))
     heads.from_unknown(net)
     out = net(images())
-    assert torch.equal(out.logits[:, 3:], out.unknown.expand(-1, 3, -1, -1))
+    torch.testing.assert_close(out.logits[:, 3:], out.unknown.expand(-1, 3, -1, -1), rtol=1e-5, atol=1e-5)
 
 
 def test_from_unknown_needs_that_head():
