@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,9 @@ class ParamInfo:
         start: first index in the flat vector.
         stop: one past the last.
         kind: what it is for, found from its module, never from the name alone.
-        heads: attention heads (0: not of an attention layer, or unknown).
+        heads: attention heads that divide the rows (0: not of an attention layer, unknown, or rows ordered otherwise).
+            A fused qkv weight with heads has the rows of all queries first, then all keys, then all values.
+        host: of an adapter: kind of the weight that it belongs to.
     """
 
     name: str
@@ -51,6 +53,7 @@ class ParamInfo:
     stop: int
     kind: Kind
     heads: int = 0
+    host: Kind | None = None
 
     @property
     def numel(self) -> int:
@@ -128,9 +131,10 @@ class ParamSpec:
                 frozen.append(name)
                 continue
             dtypes.add(parameter.dtype)
-            kind, heads = _kind(name, parameter, *owners[name], head)
             stop = start + parameter.numel()
-            params.append(ParamInfo(name, tuple(parameter.shape), start, stop, kind, heads))
+            params.append(
+                ParamInfo(name, tuple(parameter.shape), start, stop, *_use(name, parameter, owners[name], head))
+            )
             start = stop
         if not params:
             raise ValueError("the model has no trainable parameter")
@@ -139,19 +143,36 @@ class ParamSpec:
         return cls(tuple(params), dtypes.pop(), tuple(frozen), tuple(tied))
 
 
-def _owners(module: nn.Module) -> dict[str, tuple[nn.Module, str, int]]:
-    """Parameter name -> (module that holds it, its own name there, attention heads of that module or its parents)."""
-    found: dict[str, tuple[nn.Module, str, int]] = {}
+class _Attention(NamedTuple):
+    """What the nearest attention module around a parameter declares (0: nothing)."""
 
-    def visit(owner: nn.Module, prefix: str, heads: int) -> None:
-        heads = _heads(owner) or heads
+    heads: int = 0
+    head_dim: int = 0
+    ordered: bool = True
+    """whether fused rows are ordered q, k, v with heads inside, rather than heads with q, k, v inside"""
+
+
+class _Owner(NamedTuple):
+    """Where a parameter lives: the module that holds it, its name there, the attention around it."""
+
+    module: nn.Module
+    own: str
+    attention: _Attention
+
+
+def _owners(module: nn.Module) -> dict[str, _Owner]:
+    """Parameter name -> where it lives."""
+    found: dict[str, _Owner] = {}
+
+    def visit(owner: nn.Module, prefix: str, around: _Attention) -> None:
+        around = _attention(owner) or around
         for own, _ in owner.named_parameters(recurse=False, remove_duplicate=False):
-            found[prefix + own] = (owner, own, heads)
+            found[prefix + own] = _Owner(owner, own, around)
         for name, child in owner.named_children():
-            visit(child, f"{prefix}{name}.", heads)
+            visit(child, f"{prefix}{name}.", around)
 
     # named_children hides a module that is reachable twice; parameters of the second path are the first's, tied.
-    visit(module, "", 0)
+    visit(module, "", _Attention())
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if name not in found:
             same = next(other for other in found if module.get_parameter(other) is parameter)
@@ -159,13 +180,19 @@ def _owners(module: nn.Module) -> dict[str, tuple[nn.Module, str, int]]:
     return found
 
 
-def _heads(module: nn.Module) -> int:
+def _attention(module: nn.Module) -> _Attention | None:
     """Attention heads that the module itself declares."""
-    for name in ("num_heads", "num_attention_heads", "n_heads", "n_head"):
-        value = getattr(module, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return 0
+    heads = _declared(module, "num_heads", "num_attention_heads", "n_heads", "n_head")
+    head_dim = _declared(module, "head_dim", "attention_head_size")
+    # timm: MaxViT says head_first; LeViT, EfficientFormer and TinyViT, which declare key_dim, always are
+    inside = getattr(module, "head_first", False) is True or hasattr(module, "key_dim")
+    return _Attention(heads, head_dim, not inside) if heads or head_dim else None
+
+
+def _declared(module: nn.Module, *names: str) -> int:
+    """The first of these attributes that is a positive integer, or 0."""
+    values = (getattr(module, name, None) for name in names)
+    return next((value for value in values if isinstance(value, int) and value > 0), 0)
 
 
 def _head_name(module: nn.Module) -> str:
@@ -176,37 +203,60 @@ def _head_name(module: nn.Module) -> str:
     return f"{last}.weight" if last or linears else ""
 
 
-_BY_NAME: tuple[tuple[str, Kind], ...] = (
-    (r"lora_?A", "lora_a"),
-    (r"lora_?B", "lora_b"),
-    (r"pos(ition)?_?(embed|emb)", "position"),
-    (r"(cls|class|dist|mask|reg)_?token|class_embedding", "token"),
-)
 _PROJECTIONS: dict[str, Kind] = {
     **dict.fromkeys(("q", "query", "q_proj", "q_lin"), "query"),
     **dict.fromkeys(("k", "key", "k_proj", "k_lin"), "key"),
     **dict.fromkeys(("v", "value", "v_proj", "v_lin"), "value"),
-    **dict.fromkeys(("qkv", "query_key_value", "c_attn"), "qkv"),
+    **dict.fromkeys(("qkv", "in_proj", "query_key_value", "c_attn"), "qkv"),
 }
+_HEADS_FIRST = ("query_key_value",)
+"""fused weights of GPT-NeoX, BLOOM and Falcon: each head has its own q, k, v rows"""
+_POSITION = re.compile(r"pos(ition)?_?(embed|emb)|embed_positions|relative_position_bias_table")
+_TOKEN = re.compile(r"(cls|class|dist|mask|reg)_?token|class_embedding")
+_ADAPTER = re.compile(r"(?:^|\.)([^.]*)\.?lora_?([AB])")
+_LAYERS: tuple[tuple[type | tuple[type, ...], Kind], ...] = (
+    ((nn.Embedding, nn.EmbeddingBag), "embedding"),
+    (nn.Linear, "linear"),
+    ((nn.Conv1d, nn.Conv2d, nn.Conv3d), "conv"),
+)
 
 
-def _kind(name: str, parameter: Tensor, owner: nn.Module, own: str, heads: int, head: str) -> tuple[Kind, int]:
-    """What a tensor is for, and the heads that divide it."""
-    for pattern, kind in _BY_NAME:
-        if re.search(pattern, name):
-            return kind, heads if kind == "lora_b" else 0
+def _use(name: str, parameter: Tensor, owner: _Owner, head: str) -> tuple[Kind, int, Kind | None]:
+    """What a tensor is for, the heads that divide its rows, and the kind of an adapter's host."""
+    layer = name.rsplit(".", 2)[-2] if "." in name else ""
+    adapter = _ADAPTER.search(name)
+    if adapter:
+        kind: Kind = "lora_a" if adapter[2] == "A" else "lora_b"
+        host, heads = _projection(adapter[1], parameter, owner.attention)
+        return kind, heads if kind == "lora_b" else 0, host or "linear"
+    named = layer if isinstance(owner.module, nn.Embedding) else owner.own
+    if _POSITION.search(named):
+        return "position", 0, None
+    if _TOKEN.search(owner.own):
+        return "token", 0, None
     if parameter.ndim < 2:
-        return "vector", 0
+        return "vector", 0, None
     if name == head:
-        return "head", 0
-    if own == "in_proj_weight":
-        return "qkv", heads
-    projection = _PROJECTIONS.get(name.rsplit(".", 2)[-2] if "." in name else "")
-    if projection and heads:
-        return projection, heads
-    kinds: tuple[tuple[type | tuple[type, ...], Kind], ...] = (
-        ((nn.Embedding, nn.EmbeddingBag), "embedding"),
-        (nn.Linear, "linear"),
-        ((nn.Conv1d, nn.Conv2d, nn.Conv3d), "conv"),
+        return "head", 0, None
+    found = next((kind for types, kind in _LAYERS if isinstance(owner.module, types)), None)
+    projection, heads = _projection(
+        owner.own.removesuffix("_weight") if found is None else layer, parameter, owner.attention
     )
-    return next((kind for types, kind in kinds if isinstance(owner, types)), "other"), 0
+    if projection is None and found is None:
+        projection, heads = _projection(layer, parameter, owner.attention)[0], 0  # GPT-2's weights are (in, out)
+    return projection or found or "other", heads, None
+
+
+def _projection(layer: str, parameter: Tensor, attention: _Attention) -> tuple[Kind | None, int]:
+    """Kind of an attention projection by the name of its layer (None: not one), and the heads that divide its rows."""
+    kind = _PROJECTIONS.get(layer)
+    if kind is None or not (attention.heads or attention.head_dim):
+        return None, 0
+    rows, heads = parameter.shape[0], attention.heads
+    if kind == "qkv":
+        known = attention.ordered and layer not in _HEADS_FIRST and heads
+        whole = rows == 3 * heads * attention.head_dim if attention.head_dim else known and rows % (3 * heads) == 0
+        return kind, heads if known and whole else 0
+    if attention.head_dim and rows % attention.head_dim == 0:  # keys may have fewer heads than queries
+        heads = rows // attention.head_dim
+    return kind, heads if heads and rows % heads == 0 else 0
