@@ -25,8 +25,7 @@ def federate(module: Any, datasets: Sequence[Any], algorithm: Algorithm | str = 
     Raises:
         UserError: unknown algorithm, or data that the module does not take.
     """
-    if isinstance(algorithm, str):
-        from fedcore.algorithms import create
+    from fedcore.algorithms import create
 
-        algorithm = create(algorithm)
-    return Simulation(module, datasets, algorithm, **options)
+    chosen: Algorithm = create(algorithm) if isinstance(algorithm, str) else algorithm
+    return Simulation(module, datasets, chosen, **options)

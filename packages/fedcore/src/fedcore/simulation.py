@@ -188,7 +188,7 @@ class Simulation:
         """
         began = time.perf_counter()
         work = self._work()
-        reducer = Reducer(self.algorithm.reduction, self.weighting)
+        reducer = self.make_reducer()
         states: list[tuple[int, Tree]] = []
         for result in self._chosen_engine().run(work):
             if result.error:
@@ -211,6 +211,10 @@ class Simulation:
         seconds = time.perf_counter() - began
         self._consider_pool(seconds)
         return {"round": self.done, "lr": ctx.lr, **reducer.row(), "seconds": seconds}
+
+    def make_reducer(self) -> Reducer:
+        """What sees the uploads of one round: the only place where a privacy mechanism comes in."""
+        return Reducer(self.algorithm.reduction, self.weighting)
 
     def _work(self) -> RoundWork:
         """The clients and public numbers of the round to come."""

@@ -151,13 +151,11 @@ class _WithLoss:
 
     def __init__(self, learner: Learner, total: Tensor) -> None:
         self._learner, self._total = learner, total
-
-    @property
-    def missing(self) -> tuple[tuple[int, int], ...]:
-        return self._learner.missing
+        self.missing: tuple[tuple[int, int], ...] = ()
 
     def __call__(self, params: Tensor, batch: Any, *, rng: int, update_buffers: bool = True) -> tuple[Tensor, Tensor]:
         grad, loss = self._learner(params, batch, rng=rng, update_buffers=update_buffers)
+        self.missing = self._learner.missing
         if update_buffers:
             self._total += loss
         return grad, loss

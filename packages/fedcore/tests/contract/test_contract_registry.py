@@ -1,0 +1,32 @@
+"""The shared contract of method tables, held by the table of federated algorithms."""
+
+from fedcore.algorithm import Algorithm
+from fedcore.algorithms import ALGORITHMS
+from polymodal import checks
+
+OPTIONS = {row.name: {"lr": 0.05} for row in ALGORITHMS}
+TIER_1 = {"fedswa", "fedmoswa", "fedadamw", "fedmuon"}
+TIER_2 = {
+    *("fedavg", "fedprox", "scaffold", "fedcm", "fedsam", "fedasam", "mofedsam", "fedlesam", "fedacg", "feddyn"),
+    *("local_adamw", "local_muon", "agg_v", "fedlada", "fedadam"),
+}
+TIER_3 = {
+    *("fedgamma", "fednsam", "fedspeed", "server_swa", "agg_vm", "fedyogi", "fedadagrad"),
+    *("fedcm_adamw", "scaffold_adamw", "local_adam"),
+}
+
+
+def test_table_of_algorithms():
+    checks.check_registry(ALGORITHMS, (), OPTIONS, base=Algorithm)
+    checks.check_registry(ALGORITHMS, (), base=Algorithm)
+
+
+def test_table_has_the_promised_names_in_their_tiers():
+    tiers = {row.name: next(tag for tag in row.tags if tag.startswith("tier")) for row in ALGORITHMS}
+    promised = {"tier1": TIER_1, "tier2": TIER_2, "tier3": TIER_3}
+    assert tiers == {name: tier for tier, names in promised.items() for name in names}
+
+
+def test_tag_state_says_what_clients_keep():
+    kept = {row.name: ALGORITHMS.load(row.name).keeps_state for row in ALGORITHMS}
+    assert {name for name, keeps in kept.items() if keeps} == {row.name for row in ALGORITHMS if "state" in row.tags}
