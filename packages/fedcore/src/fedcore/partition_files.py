@@ -12,7 +12,7 @@ from polymodal.errors import UserError
 from polymodal.files import check_writable, write_text
 from polymodal.paths import require_files
 
-from fedcore.partition import Partition
+from fedcore.partition_base import Partition
 
 __all__ = ["SCHEMA_VERSION", "checksum", "load", "save"]
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from polymodal.errors import UserError
 
-from fedcore.partition import Partition
+from fedcore.partition_base import Partition
 
 __all__ = ["from_flwr"]
 
