@@ -105,5 +105,6 @@ class FedMoSWA(FedSWA):
 
     def _divisor(self, ctx: Context) -> float | Tensor:
         """What turns the move of option II into a mean gradient; (clients, 1) where steps differ."""
-        steps: float | Tensor = ctx.steps
-        return rate_sum(ctx.lr, steps, self.rho) if self.divisor == "exact" else steps * ctx.lr * (1.0 + self.rho) / 2.0
+        if self.divisor == "code":
+            return rate_sum(ctx.lr * (1.0 + self.rho) / 2.0, ctx.steps, 1.0)
+        return rate_sum(ctx.lr, ctx.steps, self.rho)

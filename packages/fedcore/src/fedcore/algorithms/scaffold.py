@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedcore.algorithm import Algorithm, Client, Context, GradFn, Local, Step, Tree
-from fedcore.ops.schedule import descend
+from fedcore.ops.schedule import descend, rate_sum
 
 __all__ = ["Scaffold"]
 
@@ -59,7 +59,7 @@ class Scaffold(Algorithm):
     ) -> tuple[Tree, Tree]:
         """Move and ``c_i^+ - c_i`` to the server; the client keeps ``c_i^+``."""
         delta = params - start
-        fresh = (-delta).div_(ctx.steps * ctx.lr).sub_(local.own["correction"])
+        fresh = (-delta).div_(rate_sum(ctx.lr, ctx.steps, 1.0)).sub_(local.own["correction"])
         return {"delta": delta, "variate": fresh - state["c"]}, {"c": fresh}
 
     def server_step(self, server: Tree, params: Tensor, reduced: Any, ctx: Context) -> tuple[Tensor, Tree]:
