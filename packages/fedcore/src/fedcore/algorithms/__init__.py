@@ -11,7 +11,9 @@ __all__ = ["ALGORITHMS", "create"]
 
 _FEDSWA = "Liu et al. 2025, FedSWA (arXiv 2507.20016)"
 _FEDSAM = "Qu et al. 2022, FedSAM and MoFedSAM (arXiv 2206.02618)"
+_FEDMUON = "Liu et al. 2025, FedMuon (arXiv 2510.27403)"
 _FEDOPT = "Reddi et al. 2021, FedOpt (arXiv 2003.00295)"
+_FEDADAMW = "Liu et al. 2025, FedAdamW (arXiv 2510.27486)"
 _FEDAVG = "McMahan et al. 2017, FedAvg (arXiv 1602.05629)"
 
 ALGORITHMS = Registry(
@@ -134,6 +136,89 @@ ALGORITHMS = Registry(
             summary="corrected proximal steps on partly perturbed gradients",
             tags=("tier3", "sam", "state"),
             fidelity="reconstruction",
+        ),
+        # ---- orthogonalised local steps
+        MethodInfo(
+            name="fedmuon",
+            target="fedcore.algorithms.fedmuon:FedMuon",
+            paper=_FEDMUON,
+            summary="local Muon from the averaged momentum, aligned with the last global move",
+            tags=("tier1", "muon"),
+            fidelity="code",
+        ),
+        MethodInfo(
+            name="local_muon",
+            target="fedcore.algorithms.local_muon:LocalMuon",
+            paper=_FEDMUON,
+            summary="local Muon, plain average of the local models",
+            tags=("tier2", "muon"),
+            fidelity="code",
+        ),
+        # ---- local AdamW
+        MethodInfo(
+            name="fedadamw",
+            target="fedcore.algorithms.fedadamw:FedAdamW",
+            paper=_FEDADAMW,
+            summary="AdamW whose second moment travels as block means, steps lean to the last global move",
+            tags=("tier1", "adamw"),
+        ),
+        MethodInfo(
+            name="local_adamw",
+            target="fedcore.algorithms.local_adamw:LocalAdamW",
+            paper=_FEDADAMW,
+            summary="AdamW on the clients, plain average of the models",
+            tags=("tier2", "adamw"),
+        ),
+        MethodInfo(
+            name="local_adam",
+            target="fedcore.algorithms.local_adam:LocalAdam",
+            paper=_FEDADAMW,
+            summary="Adam with L2 on the clients, plain average of the models",
+            tags=("tier3", "adamw"),
+        ),
+        MethodInfo(
+            name="agg_v",
+            target="fedcore.algorithms.agg_v:AggV",
+            paper=_FEDADAMW,
+            summary="AdamW whose second moment is averaged elementwise",
+            tags=("tier2", "adamw"),
+        ),
+        MethodInfo(
+            name="agg_m",
+            target="fedcore.algorithms.agg_m:AggM",
+            paper=_FEDADAMW,
+            summary="AdamW whose first moment is averaged, steps held within a cap",
+            tags=("tier3", "adamw"),
+            fidelity="reconstruction",
+        ),
+        MethodInfo(
+            name="agg_vm",
+            target="fedcore.algorithms.agg_vm:AggVM",
+            paper=_FEDADAMW,
+            summary="AdamW whose two moments are averaged elementwise",
+            tags=("tier3", "adamw"),
+        ),
+        MethodInfo(
+            name="fedlada",
+            target="fedcore.algorithms.fedlada:FedLADA",
+            paper="Sun et al. 2023, FedLADA (arXiv 2308.00522)",
+            summary="Adam with averaged second moment, steps mixed with the last global move",
+            tags=("tier2", "adamw"),
+            fidelity="code",
+        ),
+        MethodInfo(
+            name="fedcm_adamw",
+            target="fedcore.algorithms.fedcm_adamw:FedCMAdamW",
+            paper=_FEDADAMW,
+            summary="AdamW on gradients mixed with the last global move",
+            tags=("tier3", "adamw"),
+        ),
+        MethodInfo(
+            name="scaffold_adamw",
+            target="fedcore.algorithms.scaffold_adamw:ScaffoldAdamW",
+            paper=_FEDADAMW,
+            summary="AdamW on gradients corrected by control variates",
+            tags=("tier3", "adamw", "state"),
         ),
         # ---- adaptive server
         MethodInfo(

@@ -1,0 +1,281 @@
+"""FedMuon: orthogonalised local steps from an averaged momentum, aligned with the last global move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, Self, get_args
+
+import torch
+from torch import Tensor
+
+from fedcore.algorithm import Algorithm, Client, Context, GradFn, Local, RoundLr, Step, Tree, clip_norm
+from fedcore.ops.adam import adam_step_, moment_dtype
+from fedcore.ops.lowrank import pack, unpack
+from fedcore.ops.matrices import (
+    ConvScale,
+    MuonParams,
+    gather,
+    matrix_layout,
+    pieces,
+    scatter_,
+)
+from fedcore.ops.newton_schulz import NsDtype, NsForm, Orth, orthogonalise
+from fedcore.spec import ParamSpec
+
+__all__ = ["FedMuon"]
+
+PAPER = {"nesterov": False, "orth": "svd", "mu_lr": 1.0, "conv_scale": "none"}
+"""What the paper's text says where the authors' script does something else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedMuon(Algorithm):
+    """Federated Muon with momentum aggregation and alignment.
+
+    Local step of the matrices (class M):
+    ``M <- beta M + (1 - beta) g``, ``U = (1 - beta) g + beta M``,
+    ``x <- (1 - h lam) x - h c O(U) - gamma eta D`` with ``h = eta mu_lr (1 - gamma)``, ``c = sqrt(max(1, rows/cols))``;
+    of the rest (class A): AdamW at ``eta (1 - gamma)`` from zero state in every round, and the same alignment step.
+    Server: ``x <- x + mean(x_K - x)``, ``D <- -mean(x_K - x) / (K eta)``, ``M of the next round <- mean M_K``.
+
+    ``gamma=0, aggregate_momentum=False`` is Local Muon. Clients keep nothing between rounds. In round 0, D is zero and
+    the move has the strength ``1 - gamma``. LoRA factors A and B are averaged one by one, which is not the average of
+    their products. A tensor without gradient keeps its momentum and moves by the alignment only.
+
+    Args:
+        gamma: weight of the alignment, 0 <= gamma < 1 (the paper's alpha).
+        beta: momentum.
+        nesterov: step along ``(1 - beta) g + beta M`` instead of M.
+        mu_lr: rate of class M over that of class A.
+        orth: ``quintic`` Newton-Schulz, ``polar_express`` (flatter spectrum at the same cost) or ``svd`` (exact).
+        ns_steps: steps of the iteration.
+        ns_eps: added to the norm of a matrix.
+        ns_dtype: number format of the iteration; ``auto``: bfloat16 on an accelerator unless the model is float64.
+        ns_form: ``gram`` iterates on ``U U^T``, ``standard`` on U; ``auto`` takes the one with less arithmetic.
+        muon_params: ``all2d``: class M is all tensors of two or more dimensions, as in the authors' script;
+            ``hidden``: only hidden linear and convolution layers and adapters (recommended for language models).
+        conv_scale: c of convolutions from their ``flattened`` matrix, from kh / kw as in the ``official`` script, or
+            ``none``: c = 1 for all tensors.
+        aggregate_momentum: start from the mean momentum of the last cohort instead of zero.
+        align: take the alignment step; without it gamma counts as 0.
+        momentum_rank_ratio: 0 uploads the momentum whole, q in (0, 1) as the factors of a truncated SVD that take at
+            most the share q of it.
+        adam_beta1: of class A.
+        adam_beta2: of class A.
+        adam_eps: of class A, added to the root of the corrected second moment.
+        variant: ``code`` (the options as given) or ``paper``: nesterov=False, orth=svd, mu_lr=1, conv_scale=none.
+
+    Source: Liu et al. 2025, arXiv 2510.27403, with the authors' script where the paper's text could not be read; not
+    the methods of the same name of arXiv 2509.26337 and 2510.03866. Deviations: c of convolutions, frozen tensors are
+    left alone, everything trainable is averaged.
+    """
+
+    lr: float = 3e-4
+    round_lr: RoundLr = "cosine"
+    weight_decay: float = 0.01
+    gamma: float = 0.5
+    beta: float = 0.98
+    nesterov: bool = True
+    mu_lr: float = 10.0
+    orth: Orth = "quintic"
+    ns_steps: int = 5
+    ns_eps: float = 1e-7
+    ns_dtype: NsDtype = "auto"
+    ns_form: NsForm = "auto"
+    muon_params: MuonParams = "all2d"
+    conv_scale: ConvScale = "flattened"
+    aggregate_momentum: bool = True
+    align: bool = True
+    momentum_rank_ratio: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-10
+    variant: Literal["code", "paper"] = "code"
+
+    layout: ClassVar[Any] = None
+    """``MatrixLayout`` of the model, after ``bind``."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check("gamma", 0 <= self.gamma < 1, "0 <= gamma < 1, 0 is no alignment")
+        for name in ("beta", "adam_beta1", "adam_beta2"):
+            self.check(name, 0 <= getattr(self, name) < 1, f"0 <= {name} < 1")
+        for name in ("mu_lr", "ns_eps", "adam_eps"):
+            self.check(name, getattr(self, name) > 0, "more than 0")
+        self.check("ns_steps", 1 <= self.ns_steps < 100, "1 to 99; 5 is usual")
+        self.check("momentum_rank_ratio", self.momentum_rank_ratio >= 0, "0 (whole) or more; 0.05 keeps 5 %")
+        choices = {"orth": Orth, "ns_dtype": NsDtype, "ns_form": NsForm, "muon_params": MuonParams}
+        for name, kind in {**choices, "conv_scale": ConvScale, "variant": Literal["code", "paper"]}.items():
+            self.check(name, getattr(self, name) in get_args(kind), " | ".join(get_args(kind)))
+        if self.variant == "paper":
+            self._take_paper()
+
+    def _take_paper(self) -> None:
+        """Set what ``variant="paper"`` says; an option given otherwise is an error, since it would be ignored."""
+        defaults = {field.name: field.default for field in fields(self)}
+        for name, value in PAPER.items():
+            good = getattr(self, name) in (defaults[name], value)
+            self.check(name, good, f"{value} under variant=paper; use variant=code to choose it")
+            object.__setattr__(self, name, value)
+
+    def bind(self, spec: ParamSpec) -> Self:
+        """Find the classes and shapes of all tensors."""
+        bound = super().bind(spec)
+        object.__setattr__(bound, "layout", matrix_layout(spec, self.muon_params))
+        return bound
+
+    @property
+    def alignment(self) -> float:
+        """Gamma, or 0 where the alignment is off."""
+        return self.gamma if self.align else 0.0
+
+    # ------------------------------------------------------------------ a round
+
+    def server_init(self, params: Tensor) -> Tree:
+        """Mean momentum and last direction, both zero; neither where its switch is off."""
+        server: Tree = {}
+        if self.aggregate_momentum:
+            server["momentum"] = params.new_zeros(self.layout.num_matrix)
+        if self.alignment:
+            server["direction"] = torch.zeros_like(params)
+        return server
+
+    def broadcast(self, server: Tree, params: Tensor, ctx: Context, client: Client) -> tuple[Tensor, Tree]:
+        """Parameters, mean momentum and direction: 3 P down."""
+        return params, dict(server)
+
+    def local_init(
+        self, params: Tensor, message: Tree, state: Tree, ctx: Context, full_grad: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Local]:
+        """Momentum laid out for the steps; the alignment step, which is the same K times."""
+        shared: Tree = {}
+        if "momentum" in message:
+            shared["momentum"] = self.layout.to_work(message["momentum"])
+        if "direction" in message:
+            shared["shift"] = message["direction"] * (-self.alignment * ctx.lr)
+            shared["rest_shift"] = gather(shared["shift"], self.layout.rest)
+        return params, Local(shared)
+
+    def local_step(self, params: Tensor, grad_fn: GradFn, batch: Any, local: Local, step: Step) -> tuple[Tensor, Local]:
+        """AdamW for class A, then momentum, decay, alignment and orthogonal steps for class M."""
+        grad, _ = grad_fn(params, batch, rng=step.rng)
+        clip_norm(grad, self.clip_grad)
+        own, shift = local.own, local.shared.get("shift")
+        if not step.k:
+            self._begin(params, local)
+        kept = self._keep(params, own, shift, grad_fn.missing) if grad_fn.missing else ()
+        # Class A first, on a copy: the passes over the whole vector below write over it.
+        rest = self._adamw(params, grad, local, step) if self.layout.rest else None
+        self._muon(params, grad, own["momentum"], shift, step)
+        if rest is not None:
+            scatter_(params, self.layout.rest, rest)
+        for place, value in kept:
+            place.copy_(value)
+        return params, local
+
+    def local_finish(
+        self, start: Tensor, params: Tensor, message: Tree, state: Tree, local: Local, ctx: Context
+    ) -> tuple[Tree, Tree]:
+        """Move and momentum: 2 P up, or less with ``momentum_rank_ratio``."""
+        upload = {"delta": params - start}
+        if self.aggregate_momentum:
+            momentum = self.layout.to_wire(local.own["momentum"])
+            if self.momentum_rank_ratio:
+                upload["factors"] = pack(momentum, self.layout.shapes, self.momentum_rank_ratio)
+            else:
+                upload["momentum"] = momentum
+        return upload, state
+
+    def decode(self, upload: Tree) -> Tree:
+        """The momentum that the factors stand for."""
+        if "factors" not in upload:
+            return upload
+        momentum = unpack(upload["factors"], self.layout.shapes, self.momentum_rank_ratio)
+        return {"delta": upload["delta"], "momentum": momentum}
+
+    def server_step(self, server: Tree, params: Tensor, reduced: Any, ctx: Context) -> tuple[Tensor, Tree]:
+        """Average; the direction is the mean move over K times the base rate (not that of class M)."""
+        delta = reduced["delta"]
+        after: Tree = {}
+        if self.aggregate_momentum:
+            after["momentum"] = reduced["momentum"]
+        if self.alignment:
+            after["direction"] = delta / -(ctx.steps * ctx.lr)
+        return params + delta, after
+
+    # ------------------------------------------------------------------ parts of a local step
+
+    def _begin(self, params: Tensor, local: Local) -> None:
+        """State of the first step, with the client dimension of ``params``."""
+        own, clients = local.own, params.shape[:-1]
+        if "momentum" in local.shared:
+            own["momentum"] = local.shared["momentum"].expand(*clients, -1).clone()
+        else:
+            own["momentum"] = params.new_zeros(*clients, self.layout.num_segment)
+        if self.layout.rest:
+            for name in ("m", "v"):
+                own[name] = params.new_zeros(*clients, self.layout.num_rest, dtype=moment_dtype(params.dtype))
+
+    def _adamw(self, params: Tensor, grad: Tensor, local: Local, step: Step) -> Tensor:
+        """New parameters of class A (..., P_A), alignment included."""
+        values = gather(params, self.layout.rest)
+        rate = step.lr * (1 - self.alignment)
+        adam_step_(
+            values,
+            gather(grad, self.layout.rest),
+            local.own["m"],
+            local.own["v"],
+            rate=rate,
+            b1=self.adam_beta1,
+            b2=self.adam_beta2,
+            eps=self.adam_eps,
+            c1=1 - self.adam_beta1 ** (step.k + 1),
+            c2=1 - self.adam_beta2 ** (step.k + 1),
+            decay=rate * self.weight_decay,
+        )
+        return values.add_(local.shared["rest_shift"]) if "rest_shift" in local.shared else values
+
+    def _muon(self, params: Tensor, grad: Tensor, momentum: Tensor, shift: Tensor | None, step: Step) -> None:
+        """Move class M, momentum included, and all of class A by decay and alignment; ``grad`` becomes U."""
+        at = 0
+        for start, stop in self.layout.segments:
+            part, average = grad[..., start:stop], momentum[..., at : at + stop - start]
+            average.lerp_(part, 1 - self.beta)
+            if self.nesterov:
+                part.lerp_(average, self.beta)
+            else:
+                part.copy_(average)
+            at += stop - start
+        rate = step.lr * self.mu_lr * (1 - self.alignment)
+        keep = 1 - rate * self.weight_decay
+        if shift is not None:
+            torch.add(shift, params, alpha=keep, out=params)
+        elif self.weight_decay:
+            params.mul_(keep)
+        for matrix, found in self.layout.orthogonalised(grad, self._orthogonalise):
+            matrix.view(params).sub_(found, alpha=rate * matrix.scale(self.conv_scale))
+
+    def _orthogonalise(self, matrices: Tensor) -> Tensor:
+        return orthogonalise(
+            matrices,
+            self.orth,
+            steps=self.ns_steps,
+            eps=self.ns_eps,
+            ns_dtype=self.ns_dtype,
+            ns_form=self.ns_form,
+        )
+
+    def _keep(
+        self, params: Tensor, own: Tree, shift: Tensor | None, missing: tuple[tuple[int, int], ...]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Places that a step must not change because they have no gradient, with what they hold (aligned)."""
+        kept = []
+        for start, stop in missing:
+            place = params[..., start:stop]
+            kept.append((place, place.clone() if shift is None else place + shift[start:stop]))
+            for spans, names in ((self.layout.segments, ("momentum",)), (self.layout.rest, ("m", "v"))):
+                for low, high, at in pieces(spans, start, stop):
+                    views = [own[name][..., at : at + high - low] for name in names]
+                    kept.extend((view, view.clone()) for view in views)
+        return kept
