@@ -19,10 +19,10 @@ log = logging.getLogger(__name__)
 
 
 class Run(NamedTuple):
-    """``count`` neighbouring blocks of ``length`` elements each, from index ``start`` of the flat vector."""
+    """``blocks`` neighbouring blocks of ``length`` elements each, from index ``start`` of the flat vector."""
 
     start: int
-    count: int
+    blocks: int
     length: int
 
 
@@ -51,17 +51,17 @@ class Blocks:
     rows: tuple[BlockRow, ...]
 
     def __len__(self) -> int:
-        return sum(run.count for run in self.runs)
+        return sum(run.blocks for run in self.runs)
 
     @cached_property
     def numel(self) -> int:
         """P, the length of the flat vector."""
-        return sum(run.count * run.length for run in self.runs)
+        return sum(run.blocks * run.length for run in self.runs)
 
     @property
     def sizes(self) -> Tensor:
         """(blocks,) elements of each block, int64."""
-        return torch.cat([torch.full((run.count,), run.length) for run in self.runs])
+        return torch.cat([torch.full((run.blocks,), run.length) for run in self.runs])
 
     @property
     def ids(self) -> Tensor:
@@ -95,8 +95,8 @@ class Blocks:
         return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
     def _views(self, flat: Tensor) -> Iterator[Tensor]:
-        for start, count, length in self.runs:
-            yield flat[..., start : start + count * length].unflatten(-1, (count, length))
+        for start, blocks, length in self.runs:
+            yield flat[..., start : start + blocks * length].view(*flat.shape[:-1], blocks, length)
 
 
 def hessian_blocks(spec: ParamSpec) -> Blocks:
@@ -139,7 +139,7 @@ def _blocks(spec: ParamSpec, divide: Callable[[ParamInfo], Division]) -> Blocks:
 def _append(runs: list[Run], run: Run) -> None:
     """Add a run, as part of the last one where the lengths are the same."""
     if runs and runs[-1].length == run.length:
-        run = Run(runs[-1].start, runs[-1].count + run.count, run.length)
+        run = Run(runs[-1].start, runs[-1].blocks + run.blocks, run.length)
         runs.pop()
     runs.append(run)
 
