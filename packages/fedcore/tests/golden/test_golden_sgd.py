@@ -77,6 +77,19 @@ def same_states(found, expected):
             np.testing.assert_allclose(found[key][name].numpy(), value, rtol=0, atol=ATOL)
 
 
+def test_the_scenarios_reach_what_they_name():
+    """The clip changes a round by itself, the cap shortens some clients but not all, and the weights matter."""
+    base, shape = SCENARIOS["clipped"]
+    problem = softmax.make(seed=3)
+    options = {**base, "max_steps": shape["max_steps"], "weighting": "samples", "scale": shape["loss_scale"]}
+    ends = [
+        reference.fedavg(reference.World(softmax, problem, PARTIAL, **{**options, **other})).thetas[-1]
+        for other in ({}, {"clip_grad": 0.0}, {"max_steps": 0}, {"weighting": "uniform"})
+    ]
+    assert min(np.abs(ends[0] - end).max() for end in ends[1:]) > 1e-3
+    assert {len(softmax.batches(problem, i, max_steps=shape["max_steps"])) for i in problem.everyone} == {2, 4, 5}
+
+
 def test_the_cases_differ():
     """No two cases give the same trajectory in the reference, except where the definitions say so."""
     problem, ends = softmax.make(seed=3), {}

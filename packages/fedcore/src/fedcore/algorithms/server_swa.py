@@ -19,7 +19,8 @@ class ServerSWA(Algorithm):
 
     Training is FedAvg's, bit for bit; from the first averaged round on the mean is what is evaluated, and it never
     reaches a client. Where one round is averaged it is FedAvg in all. Buffers are not averaged: with BatchNorm they
-    belong to the last model, so use GroupNorm.
+    belong to the last model, so use GroupNorm. Where the number of rounds is not known (``Simulation.round()`` without
+    ``rounds``) all rounds are late ones.
 
     Our reading of the server side of Caldarola et al. 2022: their rate also cycles in the averaged rounds. Not the
     FedSWA of arXiv 2507.20016, which is ``fedswa``.
@@ -46,7 +47,8 @@ class ServerSWA(Algorithm):
         if ctx.round < ctx.rounds - max(1, round(self.share * ctx.rounds)):
             return params, server
         count = server["count"] + 1
-        return params, {"mean": server["mean"] + (params - server["mean"]) / count, "count": count}
+        # lerp takes a weight of 1 exactly: the first model replaces whatever stood there.
+        return params, {"mean": torch.lerp(server["mean"], params, 1.0 / int(count)), "count": count}
 
     def evaluation_params(self, server: Tree, params: Tensor) -> Tensor:
         """The mean, once it holds a round."""
