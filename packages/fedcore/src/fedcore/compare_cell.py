@@ -1,0 +1,193 @@
+"""One cell of a comparison: an in-process simulation, and the record it leaves."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import platform
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from polymodal.errors import UserError
+
+from fedcore.algorithms import ALGORITHMS, create
+from fedcore.compare_settings import SCHEMA_VERSION, Cell, CompareConfig, settings_hash
+
+if TYPE_CHECKING:
+    from fedcore.simulation import Simulation
+    from fedcore.world import World
+
+__all__ = ["CellRunner", "curve", "read_cell"]
+
+LANDSCAPE_SAMPLES = 1000
+"""training samples of which the landscape is measured, at most"""
+DIGITS = 6
+"""significant digits of the numbers by round"""
+log = logging.getLogger(__name__)
+
+
+class CellRunner:
+    """Runs cells of one comparison; keeps the data, and the world of the last seed.
+
+    Args:
+        config: the comparison.
+    """
+
+    def __init__(self, config: CompareConfig) -> None:
+        self.config = config
+        self.fingerprint: str = config.data.fingerprint()
+        self._world: tuple[int, World] | None = None
+
+    def settings(self, cell: Cell) -> dict[str, Any]:
+        """What the cell's result depends on.
+
+        Raises:
+            UserError: an option that the algorithm does not have, or a value out of its range.
+        """
+        return self.config.settings(cell, create(cell.method.algorithm, **cell.options), self.fingerprint)
+
+    def world(self, seed: int) -> World:
+        """Clients and splits of a seed."""
+        from fedcore.world import build_world
+
+        if self._world is None or self._world[0] != seed:
+            config = self.config
+            self._world = (seed, build_world(config.data, config.partition, val_share=config.val_share, seed=seed))
+        return self._world[1]
+
+    def run(self, cell: Cell) -> dict[str, Any]:
+        """The cell's record. A run whose parameters stop being finite is a result too: status ``diverged``."""
+        from fedcore.simulation import RoundError
+
+        settings, began = self.settings(cell), time.monotonic()
+        record: dict[str, Any] = {
+            "schema": "fedcore.compare",
+            "schema_version": SCHEMA_VERSION,
+            "comparison": self.config.name,
+            "method": cell.method.label,
+            "algorithm": cell.method.algorithm,
+            "fidelity": ALGORITHMS.info(cell.method.algorithm).fidelity,
+            "rate": settings["options"]["lr"],
+            "seed": cell.seed,
+            "settings_hash": settings_hash(settings),
+            "settings": settings,
+            "versions": _versions(),
+        }
+        simulation = self._simulation(cell)
+        rows: list[dict[str, Any]] = []
+        world = self.world(cell.seed)
+        error = None
+        try:
+            simulation.run(
+                self.config.rounds,
+                test=world.test,
+                val=world.val,
+                eval_every=self.config.eval_every,
+                on_round=rows.append,
+            )
+        except RoundError as problem:
+            error = str(problem)
+        finally:
+            simulation.close()
+        metrics = {} if error or not rows else _final(rows)
+        if self.config.landscape and error is None:
+            metrics |= self._landscape(simulation, world)
+        return record | {
+            "status": "finished" if error is None else "diverged",
+            "error": error,
+            "parameters": simulation.flat.numel(),
+            "samples_by_client": {"least": min(world.partition.sizes), "most": max(world.partition.sizes)},
+            "seconds": round(time.monotonic() - began, 3),
+            "metrics": metrics,
+            "rounds": _columns(rows),
+        }
+
+    def _simulation(self, cell: Cell) -> Simulation:
+        from fedcore.simulation import Simulation
+        from fedcore.world import make_model
+
+        config, world = self.config, self.world(cell.seed)
+        return Simulation(
+            make_model(config.model, world, seed=cell.seed, vocabulary=config.data.vocabulary),
+            world.clients,
+            create(cell.method.algorithm, **cell.options),
+            loss=world.loss,
+            batch_size=config.batch_size,
+            local_epochs=config.local_epochs,
+            max_steps=config.max_steps,
+            fraction=config.fraction,
+            seed=cell.seed,
+            rounds=config.rounds,
+            engine="serial",
+            weighting=config.weighting,
+        )
+
+    def _landscape(self, simulation: Simulation, world: World) -> dict[str, float]:
+        from polymodal.seeding import numpy_rng
+
+        from fedcore.landscape import DatasetLoss, hessian_eigenvalue, sharpness
+
+        order = numpy_rng(0, "landscape").permutation(len(world.train))[:LANDSCAPE_SAMPLES]
+        loss = DatasetLoss(simulation.model, world.train.subset(sorted(order)), world.loss)
+        found = hessian_eigenvalue(loss, loss.flat, tolerance=1e-2)
+        rise = sharpness(loss, loss.flat, loss.spec)
+        return {
+            "landscape/hessian": found.value,
+            "landscape/hessian_residual": found.residual,
+            "landscape/sharpness": rise.mean,
+        }
+
+
+def _final(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Metrics of the last round, and bytes of the whole run."""
+    last = {name: float(value) for name, value in rows[-1].items() if name.partition("/")[0] in ("val", "test")}
+    total = {f"{name}_total": float(sum(row[name] for row in rows)) for name in ("comm/up_bytes", "comm/down_bytes")}
+    return last | total
+
+
+def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Rows of rounds as columns; None where a round was not evaluated or a value is not finite."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [_short(row.get(name)) for row in rows] for name in names}
+
+
+def _short(value: Any) -> Any:
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+
+
+def _versions() -> dict[str, str]:
+    names = ("polymodal-fedcore", "torch", "numpy", "scikit-learn")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
+
+
+def read_cell(path: Path, expected: str) -> dict[str, Any] | None:
+    """The record in ``path`` if it has the hash ``expected``; None where the cell must be run.
+
+    Raises:
+        UserError: written by a newer version.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        log.warning("%s cannot be read and is run again: %s", path, error)
+        return None
+    if not isinstance(record, dict) or record.get("settings_hash") != expected:
+        return None
+    if record.get("schema_version", 0) > SCHEMA_VERSION:
+        raise UserError(f"{path}: schema version {record['schema_version']}; this fedcore reads {SCHEMA_VERSION}")
+    return record
+
+
+def curve(record: Mapping[str, Any], metric: str) -> list[tuple[int, float]]:
+    """(rounds done, value) of the rounds of a record that have the metric."""
+    columns = record["rounds"]
+    pairs = zip(columns.get("round", []), columns.get(metric, []), strict=False)
+    return [(int(round), float(value)) for round, value in pairs if value is not None]
