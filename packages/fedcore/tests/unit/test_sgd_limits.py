@@ -195,14 +195,13 @@ def slope(theta, problem, decay):
 
 FIXED = [
     ("scaffold", {}, True),
-    ("fedmoswa", {}, True),
-    ("fedmoswa", {"rho": 0.0, "alpha": 1.0, "gamma": 0.5}, True),
-    ("fedmoswa", {"option": "I"}, True),
+    ("fedmoswa", {"gamma": 0.6}, True),
+    ("fedmoswa", {"rho": 0.0, "alpha": 1.0, "gamma": 0.8}, True),
+    ("fedmoswa", {"option": "I", "gamma": 0.6}, True),
     ("feddyn", {"a": 0.5}, True),
     ("fedavg", {}, False),
     ("fedswa", {}, False),
     ("fedprox", {"mu": 0.5}, False),
-    ("fedcm", {}, False),
     ("fedacg", {}, False),
 ]
 
@@ -210,14 +209,13 @@ FIXED = [
 @pytest.mark.parametrize(("name", "options", "unbiased"), FIXED)
 def test_where_training_on_unlike_clients_ends(name, options, unbiased):
     """Constant rate, whole batches, everyone in every round: only variates and dual variables end at the minimum."""
-    problem, decay = softmax.make(8, (4, 6, 5)), 0.1
+    problem, decay, rounds = softmax.make(8, (4, 6, 5)), 0.3, 40
     base = {"lr": 0.4, "round_lr": "constant", "weight_decay": decay, "clip_grad": 0.0}
-    sim = run.simulation(create(name, **base, **options), problem, rounds=160, batch_size=6, local_epochs=4)
-    for _ in range(160):
+    sim = run.simulation(create(name, **base, **options), problem, rounds=rounds, batch_size=6, local_epochs=3)
+    for _ in range(rounds):
         sim.round()
     found = slope(sim.flat.numpy(), problem, decay)
-    assert (found < 1e-6) == unbiased, found
-    assert unbiased or found > 1e-3, found
+    assert found < 1e-5 if unbiased else found > 1e-2, found
 
 
 # ---------------------------------------------------------------------- everything else that must not matter
@@ -240,7 +238,7 @@ def test_twice_the_loss_at_half_the_rate(name):
 
 
 @pytest.mark.parametrize("name", ALL)
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(seeds, st.permutations(range(4)), st.randoms())
 def test_order_and_names_of_clients(name, seed, names, random):
     """Cohorts in another order are the same bits; clients under other numbers give the same within rounding."""
