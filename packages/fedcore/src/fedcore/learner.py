@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from polymodal.errors import UserError
 from polymodal.seeding import seed_global
 from torch import Tensor
 
@@ -31,11 +32,17 @@ class Learner:
         spec: layout of the vector.
         start: (P,) copy of the parameters that the module came with.
         missing: spans of the vector that received no gradient in the last call.
+
+    Raises:
+        UserError: no trainable parameter, or trainable parameters of several number formats.
     """
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self.spec = ParamSpec.from_module(task.module)
+        try:
+            self.spec = ParamSpec.from_module(task.module)
+        except ValueError as error:
+            raise UserError(f"{type(task.module).__name__} cannot be trained: {error}") from error
         self._parameters = [task.module.get_parameter(item.name) for item in self.spec]
         with torch.no_grad():
             self.start = torch.cat([p.detach().reshape(-1) for p in self._parameters])
