@@ -12,7 +12,7 @@ TIER_2 = {
 }
 TIER_3 = {
     *("fedgamma", "fednsam", "fedspeed", "server_swa", "agg_vm", "fedyogi", "fedadagrad"),
-    *("fedcm_adamw", "scaffold_adamw", "local_adam"),
+    *("fedcm_adamw", "scaffold_adamw", "local_adam", "agg_m"),
 }
 
 

@@ -161,6 +161,7 @@ ALGORITHMS = Registry(
             paper=_FEDADAMW,
             summary="AdamW whose second moment travels as block means, steps lean to the last global move",
             tags=("tier1", "adamw"),
+            fidelity="reconstruction",
         ),
         MethodInfo(
             name="local_adamw",

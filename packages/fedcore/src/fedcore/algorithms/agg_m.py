@@ -21,7 +21,7 @@ class AggM(AdamFamily):
     within ``cap`` (the authors' ablation has no cap, and their script never loads the averaged m). The bias correction
     of m counts steps over rounds, that of v within the round. Sends 2 P floats each way.
 
-    Source: ablation of the FedAdamW paper, arXiv 2510.27486; the cap is ours.
+    Source: ablation of the FedAdamW paper, arXiv 2510.27486; the cap is part of our reading.
 
     Args:
         cap: largest absolute value of a coordinate of Adam's step, more than 0.
