@@ -13,7 +13,7 @@ from polymodal.errors import UserError
 __all__ = ["Partition"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Partition:
     """Indices of the training samples of each client.
 
@@ -38,6 +38,9 @@ class Partition:
                 raise UserError(
                     f"partition: client {number} has an index outside 0..{self.size - 1}; was it made for other data?"
                 )
+
+    def __repr__(self) -> str:
+        return f"Partition({self.how.get('scheme', 'given')}: {len(self)} clients, {self.size} samples)"
 
     def __len__(self) -> int:
         return len(self.clients)

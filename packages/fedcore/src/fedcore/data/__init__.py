@@ -12,6 +12,9 @@ __all__ = ["READERS", "SPLITS", "FedData", "reader_class"]
 
 READERS: dict[str, str] = {
     "digits": "fedcore.data.digits.Digits",
+    "fashion_mnist": "fedcore.data.fashion.FashionMNIST",
+    "cifar10": "fedcore.data.cifar.CIFAR10",
+    "cifar100": "fedcore.data.cifar.CIFAR100",
 }
 
 

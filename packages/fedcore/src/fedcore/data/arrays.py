@@ -15,7 +15,8 @@ __all__ = ["ArrayData", "Augment", "Transform"]
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 """``augment(inputs (B, ...), generator) -> inputs``, on inputs as they are stored; training batches only."""
 Transform = Callable[[Tensor], Tensor]
-"""``transform(inputs (B, ...)) -> inputs``: what every batch goes through last, without any draw."""
+"""``transform(inputs (B, ...)) -> inputs``: what every batch goes through last, without any draw; one that changes the
+shape of an input says so by ``output_shape(stored shape) -> shape``."""
 
 
 class ArrayData(Dataset[tuple[Tensor, Tensor]]):
@@ -73,7 +74,9 @@ class ArrayData(Dataset[tuple[Tensor, Tensor]]):
     @property
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one input as a model receives it; for text, of the longest."""
-        return tuple(self._prepared(self._inputs[:1]).shape[1:]) if self.transform else tuple(self._inputs.shape[1:])
+        stored = tuple(self._inputs.shape[1:])
+        changed = getattr(self.transform, "output_shape", None)
+        return stored if changed is None else changed(stored)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """One sample, transformed but not augmented."""
