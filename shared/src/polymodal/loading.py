@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from polymodal.errors import UserError
 
-__all__ = ["LazyLoader"]
+__all__ = ["LazyLoader", "end_with_parent"]
 
 
 class LazyLoader(DataLoader[Any]):
@@ -27,7 +27,7 @@ class LazyLoader(DataLoader[Any]):
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        options.setdefault("worker_init_fn", _end_with_parent)
+        options.setdefault("worker_init_fn", end_with_parent)
         super().__init__(*arguments, **options)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -38,8 +38,8 @@ class LazyLoader(DataLoader[Any]):
             raise UserError(_own_words(str(error))) from error
 
 
-def _end_with_parent(worker: int) -> None:
-    """In a worker: end when the training process is gone.
+def end_with_parent(worker: int = 0) -> None:
+    """In a worker process: end when the process that started it is gone, however it went.
 
     torch's own watch looks at the id of the parent process. A fork server is the parent of its workers, and it in turn
     stays as long as they do: after a kill of the training, both would keep their memory for ever.

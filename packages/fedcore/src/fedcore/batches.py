@@ -30,23 +30,27 @@ class ClientData:
             raise UserError(f"client data of type {type(dataset).__name__}; expected a map-style dataset with a length")
         self.size = len(dataset)
         self._index: Tensor | None = None
-        while isinstance(dataset, Subset):
+        while isinstance(dataset, Subset) and type(dataset).__getitem__ is Subset.__getitem__:
             index = torch.as_tensor(dataset.indices, dtype=torch.long)
             self._index = index if self._index is None else index[self._index]
             dataset = dataset.dataset
         self._dataset = dataset
+        # Not where a subclass makes something else of a sample, by a transform for instance.
+        self._stored = isinstance(dataset, TensorDataset) and type(dataset).__getitem__ is TensorDataset.__getitem__
         self._gather = self._chosen_gather()
 
     def __len__(self) -> int:
         return self.size
 
     def _chosen_gather(self) -> Callable[[Tensor, torch.Generator | None], Any]:
-        if isinstance(self._dataset, TensorDataset):
-            tensors = self._dataset.tensors
-            return lambda index, generator: tuple(tensor[index] for tensor in tensors)
+        if self._stored:
+            return self._from_tensors
         if hasattr(self._dataset, "batch"):
             return self._dataset.batch  # type: ignore[no-any-return]
         return self._collate
+
+    def _from_tensors(self, index: Tensor, generator: torch.Generator | None) -> Any:
+        return tuple(tensor[index] for tensor in self._dataset.tensors)
 
     def _collate(self, index: Tensor, generator: torch.Generator | None) -> Any:
         return default_collate([self._dataset[i] for i in index.tolist()])
@@ -63,7 +67,7 @@ class ClientData:
     @property
     def tensors(self) -> tuple[Tensor, ...] | None:
         """The underlying tensors where all samples are in memory and nothing is drawn, for stacked gathering."""
-        return self._dataset.tensors if isinstance(self._dataset, TensorDataset) else None
+        return self._dataset.tensors if self._stored else None
 
     def rows(self, indices: Tensor) -> Tensor:
         """Rows of ``tensors`` that this client's ``indices`` mean."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from fedcore.learner import Learner
     from fedcore.sampling import LocalPlan
 
-__all__ = ["ClientResult", "Engine", "Federation", "RoundWork", "problem_of", "train_client", "tree_bytes"]
+__all__ = ["ClientResult", "Engine", "Federation", "RoundWork", "problem_of", "threads", "train_client", "tree_bytes"]
 
 
 @dataclass
@@ -32,12 +33,15 @@ class Federation:
         learners: by rank.
         data: by client id.
         plan: batches and seeds.
+        threads: intra-op threads of one client's computing, the same in every engine since results depend on it. More
+            than one gains little for small models and loses much on a busy machine.
     """
 
     algorithms: dict[int, Algorithm]
     learners: dict[int, Learner]
     data: Sequence[ClientData]
     plan: LocalPlan
+    threads: int = 1
 
 
 @dataclass
@@ -108,6 +112,19 @@ class Engine(ABC):
 
     def close(self) -> None:  # noqa: B027 (most engines hold nothing)
         """Give back processes and memory; nothing for most."""
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Compute with ``count`` intra-op threads, then with as many as before."""
+    before = torch.get_num_threads()
+    if before != count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if before != count:
+            torch.set_num_threads(before)
 
 
 def train_client(federation: Federation, work: RoundWork, client: Client, state: Tree | None) -> ClientResult:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import ClassVar
 
-from fedcore.engines.base import ClientResult, Engine, RoundWork, train_client
+from fedcore.engines.base import ClientResult, Engine, RoundWork, threads, train_client
 
 __all__ = ["SerialEngine"]
 
@@ -18,4 +18,6 @@ class SerialEngine(Engine):
     def run(self, work: RoundWork) -> Iterator[ClientResult]:
         """Train the clients in order; each result is handed on before the next client starts."""
         for client in work.clients:
-            yield train_client(self.federation, work, client, work.states(client.id))
+            with threads(self.federation.threads):
+                result = train_client(self.federation, work, client, work.states(client.id))
+            yield result
