@@ -127,8 +127,8 @@ def _run(config: CompareConfig, runner: CellRunner, todo: Sequence[Cell]) -> Ite
     results = _in_processes(config, todo) if config.jobs > 1 and len(todo) > 1 else ((c, runner.run(c)) for c in todo)
     for done, (cell, record) in enumerate(results, start=1):
         left = (time.monotonic() - began) / done * (len(todo) - done)
-        last = (record["rounds"].get("test/accuracy") or [None])[-1]
-        state = f"accuracy {last:.4f}" if record["error"] is None and last is not None else str(record["error"])
+        last = record["metrics"].get("test/accuracy")
+        state = f"accuracy {last:.4f}" if last is not None else record["error"] or "done"
         seconds = record["seconds"]
         log.info("%d/%d %s: %s (%.1f s; %.0f s left)", done, len(todo), cell.name, state, seconds, left)
         yield cell, record

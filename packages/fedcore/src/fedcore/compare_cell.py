@@ -25,7 +25,7 @@ __all__ = ["CellRunner", "curve", "read_cell"]
 
 LANDSCAPE_SAMPLES = 1000
 """training samples of which the landscape is measured, at most"""
-DIGITS = 6
+DIGITS = 5
 """significant digits of the numbers by round"""
 log = logging.getLogger(__name__)
 
@@ -149,10 +149,14 @@ def _final(rows: list[dict[str, Any]]) -> dict[str, float]:
     return last | total
 
 
-def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Rows of rounds as columns; None where a round was not evaluated or a value is not finite."""
+def _columns(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Rows of rounds as columns; one value where all rounds have the same, as most have of clients and bytes.
+
+    None where a round was not evaluated or a value is not finite.
+    """
     names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [_short(row.get(name)) for row in rows] for name in names}
+    columns = {name: [_short(row.get(name)) for row in rows] for name in names}
+    return {name: values[0] if len(set(values)) == 1 else values for name, values in columns.items()}
 
 
 def _short(value: Any) -> Any:
@@ -188,6 +192,7 @@ def read_cell(path: Path, expected: str) -> dict[str, Any] | None:
 
 def curve(record: Mapping[str, Any], metric: str) -> list[tuple[int, float]]:
     """(rounds done, value) of the rounds of a record that have the metric."""
-    columns = record["rounds"]
-    pairs = zip(columns.get("round", []), columns.get(metric, []), strict=False)
-    return [(int(round), float(value)) for round, value in pairs if value is not None]
+    rounds, values = (record["rounds"].get(name) for name in ("round", metric))
+    rounds = rounds if isinstance(rounds, list) else [rounds]
+    values = values if isinstance(values, list) else [values] * len(rounds)
+    return [(int(r), float(v)) for r, v in zip(rounds, values, strict=True) if r is not None and v is not None]

@@ -1,0 +1,198 @@
+"""``fed-compare`` from its command line: cells, resuming, picking, warnings, bad input."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from fedcore import compare as compare_command
+
+RUN = "import sys; from fedcore.compare import main; sys.exit(main())"
+SMALL = {
+    "name": "small",
+    "data": "digits",
+    "partition": {"clients": 8, "samples": 10},
+    "model": {"name": "mlp", "options": {"hidden": [8]}},
+    "rounds": 3,
+    "local_epochs": 1,
+    "fraction": 0.25,
+    "tail": 2,
+    "methods": {"fedavg": {"lr": [0.05, 0.3]}, "swa": {"algorithm": "fedswa", "lr": [0.05, 0.3]}},
+    "seeds": [0, 1],
+    "target": 0.1,
+}
+
+
+@pytest.fixture
+def fed_compare(tmp_path, monkeypatch, capsys):
+    """Run the command on a YAML file in a clean folder; returns (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments, **settings):
+        path = tmp_path / "small.yaml"
+        path.write_text(yaml.safe_dump({**SMALL, **settings}))
+        monkeypatch.setattr(sys, "argv", ["fed-compare", "--config", str(path), *arguments])
+        code = compare_command.main()
+        found = capsys.readouterr()
+        return code, found.out, found.err
+
+    return run
+
+
+def cells(folder):
+    return {path.name: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
+def test_cells_table_and_curves_then_nothing_is_run_twice(fed_compare, tmp_path):
+    code, out, err = fed_compare()
+    assert code == 0, err
+    folder = tmp_path / "results" / "small"
+    found = cells(folder)
+    assert sorted(found) == sorted(
+        f"{label}-lr{rate}-seed{seed}.json" for label in ("fedavg", "swa") for rate in (0.05, 0.3) for seed in (0, 1)
+    )
+    record = found["swa-lr0.3-seed1.json"]
+    assert record["status"] == "finished"
+    assert (record["algorithm"], record["rate"], record["seed"]) == ("fedswa", 0.3, 1)
+    assert record["rounds"]["round"] == [1, 2, 3]
+    for split in ("val", "test"):
+        assert len(record["rounds"][f"{split}/accuracy"]) == 3
+        assert record["metrics"][f"{split}/accuracy"] == pytest.approx(record["rounds"][f"{split}/accuracy"][-1], 1e-3)
+    # two clients a round, 8 (65 * 8 + 10 * 9 parameters of four bytes) each way
+    parameters = 65 * 8 + 10 * 9
+    assert record["parameters"] == parameters
+    assert record["metrics"]["comm/up_bytes_total"] == 3 * 2 * 4 * parameters
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "table.md").read_text() in out
+    assert "WARNING" not in out
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*.json")}
+    code, again, err = fed_compare()
+    assert (code, again) == (0, out)
+    assert "8 of them done before" in err
+    assert before == {path: path.stat().st_mtime_ns for path in folder.glob("*.json")}
+
+
+def test_only_cells_of_other_settings_are_run_again(fed_compare, tmp_path):
+    fed_compare()
+    folder = tmp_path / "results" / "small"
+    (folder / "swa-lr0.3-seed0.json").write_text("{broken")
+    methods = {"fedavg": {"lr": [0.05, 0.3]}, "swa": {"algorithm": "fedswa", "lr": [0.05, 0.3], "rho": 0.5}}
+    code, out, _ = fed_compare("--dry_run", "true", methods=methods)
+    assert code == 0
+    assert out.split() == [
+        word for seed in (0, 1) for rate in (0.05, 0.3) for word in ("would", "run", f"swa-lr{rate}-seed{seed}")
+    ]
+    _, out, err = fed_compare("--dry_run", "true")
+    assert out == "would run swa-lr0.3-seed0\n"
+    assert "cannot be read and is run again" in err
+
+
+@pytest.mark.slow
+def test_jobs_give_the_same_cells(fed_compare, tmp_path):
+    fed_compare()
+    alone = cells(tmp_path / "results" / "small")
+    code, _, err = fed_compare("--jobs", "2", "--results", "other")
+    assert code == 0, err
+    together = cells(tmp_path / "other")
+    assert alone.keys() == together.keys()
+    for name, record in alone.items():
+        for key in ("metrics", "settings_hash", "status"):
+            assert record[key] == together[name][key]
+        assert record["rounds"]["loss"] == together[name]["rounds"]["loss"]
+
+
+def test_picking_on_the_test_split_warns_everywhere(fed_compare, tmp_path):
+    code, out, err = fed_compare("--pick", "test")
+    assert code == 0
+    assert "WARNING: rates were picked on the test samples" in out
+    assert "WARNING: rates were picked on the test samples" in err
+    assert "THE TEST SPLIT" in (tmp_path / "results" / "small" / "table.md").read_text()
+
+
+def test_pick_none_shows_every_rate(fed_compare):
+    code, out, _ = fed_compare("--pick", "none", "--against", "swa", seeds=[0])
+    assert code == 0
+    labels = [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("| ")]
+    assert labels[2:] == ["fedavg 0.05", "fedavg 0.3", "swa 0.05", "swa 0.3"]
+    assert "difference to swa" in out
+
+
+def test_a_diverged_rate_is_out_of_the_choice(fed_compare, tmp_path):
+    code, out, err = fed_compare(methods={"fedavg": {"lr": [0.05, 1e30], "clip_grad": 0.0}}, seeds=[0])
+    assert code == 0, err
+    record = cells(tmp_path / "results" / "small")["fedavg-lr1e+30-seed0.json"]
+    assert record["status"] == "diverged"
+    assert record["error"].startswith("round ")
+    assert "diverged in some seed and out of the choice: fedavg at 1e+30" in out
+    assert "| 0.05 |" in out
+    code, out, _ = fed_compare(methods={"fedavg": {"lr": 1e30, "clip_grad": 0.0}}, seeds=[0])
+    assert code == 0
+    assert "–" in out
+
+
+def test_landscape_is_measured_where_asked(fed_compare, tmp_path):
+    code, out, err = fed_compare("--landscape", "true", methods={"fedavg": {"lr": 0.1}}, seeds=[0])
+    assert code == 0, err
+    (record,) = cells(tmp_path / "results" / "small").values()
+    assert record["metrics"]["landscape/hessian"] > 0
+    assert "largest Hessian eigenvalue" in out
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"methods": {"fedavgg": {}}}, "unknown algorithm 'fedavgg'"),
+        ({"methods": {"fedavg": {"rho": 1.0}}}, "no option 'rho'"),
+        ({"methods": {"fedavg": {"lr": ["1e-3"]}}}, "write 0.001"),
+        ({"methods": {"fedavg": {"lr": [0.0, 0.1]}}}, "lr=0.0"),
+        ({"against": "fedprox"}, "against=fedprox"),
+        ({"val_share": 0.0}, "pick=val with val_share=0"),
+        ({"seeds": [1, 1]}, "seeds=[1, 1]"),
+        ({"rounds": 0}, "rounds=0"),
+        ({"name": "a/b"}, "name='a/b'"),
+        ({"model": {"name": "mpl"}}, "unknown model 'mpl'"),
+        ({"partition": {"scheme": "column"}}, "no natural clients"),
+        ({"no_such_key": 1}, "no_such_key"),
+    ],
+)
+def test_bad_input_is_one_line(fed_compare, settings, said):
+    code, out, err = fed_compare(**settings)
+    last = err.strip().splitlines()[-1]
+    assert code == 2, err
+    assert last.startswith("fed-compare: error: ")
+    assert said in last
+    assert not out
+
+
+def test_methods_are_listed_and_help_is_short(fed_compare):
+    code, out, _ = fed_compare("--list-methods")
+    assert code == 0
+    assert "fedmoswa" in out
+    code, out, _ = fed_compare("--help")
+    assert code == 0
+    assert out.startswith("usage: fed-compare")
+    assert len(out.splitlines()) < 80
+
+
+@pytest.mark.slow
+def test_killed_and_run_again(tmp_path):
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump({**SMALL, "rounds": 60, "seeds": list(range(6))}))
+    arguments = [sys.executable, "-c", RUN, "--config", "small.yaml", "--jobs", "2"]
+    first = subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    folder = tmp_path / "results" / "small"
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("fedavg*.json")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    first.send_signal(signal.SIGINT)
+    _, err = first.communicate(timeout=60)
+    assert first.returncode == 130, err
+    assert "Traceback" not in err
+    done = cells(folder)
+    assert 0 < len(done) < 24
+    second = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert second.returncode == 0, second.stderr
+    assert f"{len(done)} of them done before" in second.stderr
+    assert len(cells(folder)) == 24
