@@ -23,7 +23,8 @@ class FedNSAM(FedSAM, FedACG):
         lam: momentum of the server, 0 <= lam < 1.
         b: weight of FedACG's proximal term; none here.
 
-    Source: Liu et al. 2026, arXiv 2602.23827, in the reading of the FedSWA comparisons (local perturbations).
+    Source: Liu et al. 2026, arXiv 2602.23827, in our reading: perturbations from the client's own gradient, as in
+    the comparisons of FedSWA, where the abstract speaks of perturbing along the global momentum.
     """
 
     b: float = 0.0

@@ -42,7 +42,8 @@ class FedSpeed(FedSAM):
         lam: inverse weight of the proximal term; 10 as in the script (whose ``lamb`` is 1/lam).
         dual_mean: whose dual variables the server averages.
 
-    Source: Sun et al. 2023, arXiv 2302.10429, read from the authors' script (FL-Simulator) and two reimplementations.
+    Source: Sun et al. 2023, arXiv 2302.10429; our reading, from the authors' script (FL-Simulator) and two
+    reimplementations.
     """
 
     keeps_state: ClassVar[bool] = True
