@@ -23,7 +23,8 @@ class ClientStore(Mapping[int, Tree]):
 
     def __init__(self, limit_mib: float | None = None, folder: Path | None = None) -> None:
         self._limit = None if limit_mib is None else int(limit_mib * 2**20)
-        self._folder, self._temporary = folder, None
+        self._folder = folder
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._rows: dict[int, Tree] = {}
         self.in_memory = 0
         self.changed: set[int] = set()

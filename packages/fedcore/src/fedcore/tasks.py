@@ -25,7 +25,7 @@ class Task:
         module: the module that is trained; its parameters are moved into one flat vector.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: Any) -> None:
         self.module = module
 
     def loss(self, batch: Any, rng: int) -> Tensor:
@@ -54,7 +54,7 @@ class PlainTask(Task):
             clients of unequal sizes.
     """
 
-    def __init__(self, module: nn.Module, loss: Callable[[Tensor, Any], Tensor]) -> None:
+    def __init__(self, module: nn.Module, loss: Callable[..., Tensor]) -> None:
         super().__init__(module)
         self._loss = loss
 
