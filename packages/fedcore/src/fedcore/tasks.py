@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from polymodal.errors import UserError
 from polymodal.seeding import generator
-from polymodal.task import TaskModule
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from polymodal.task import TaskModule
 
 __all__ = ["PlainTask", "SharedTask", "StepTask", "Task", "as_task"]
 
@@ -141,14 +144,17 @@ def as_task(model: Any, loss: Callable[[Tensor, Any], Tensor]) -> Task:
     Raises:
         UserError: not a module.
     """
-    import lightning
-
     if isinstance(model, Task):
         return model
-    if isinstance(model, TaskModule):
-        return SharedTask(model)
-    if isinstance(model, lightning.LightningModule):
-        return StepTask(model)
+    # Importing lightning takes seconds; where nobody has, the model is none of its modules.
+    if "lightning" in sys.modules:
+        import lightning
+        from polymodal.task import TaskModule
+
+        if isinstance(model, TaskModule):
+            return SharedTask(model)
+        if isinstance(model, lightning.LightningModule):
+            return StepTask(model)
     if isinstance(model, nn.Module):
         return PlainTask(model, loss)
     raise UserError(f"model of type {type(model).__name__}; expected a torch module")
