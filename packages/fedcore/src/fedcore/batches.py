@@ -62,7 +62,8 @@ class ClientData:
     @property
     def augments(self) -> bool:
         """Whether training batches are drawn with a generator."""
-        return getattr(self._dataset, "augment", None) is not None
+        # An object that gathers its own batches and does not say is given one.
+        return hasattr(self._dataset, "batch") and getattr(self._dataset, "augment", self) is not None
 
     @property
     def tensors(self) -> tuple[Tensor, ...] | None:

@@ -21,7 +21,17 @@ if TYPE_CHECKING:
     from fedcore.learner import Learner
     from fedcore.sampling import LocalPlan
 
-__all__ = ["ClientResult", "Engine", "Federation", "RoundWork", "problem_of", "threads", "train_client", "tree_bytes"]
+__all__ = [
+    "ClientResult",
+    "Engine",
+    "Federation",
+    "RoundWork",
+    "initial_state",
+    "problem_of",
+    "threads",
+    "train_client",
+    "tree_bytes",
+]
 
 
 @dataclass
@@ -142,7 +152,7 @@ def _train(federation: Federation, work: RoundWork, client: Client, state: Tree 
         return ClientResult(client, error="no data")
     ctx = replace(work.ctx, steps=client.steps)
     if state is None:
-        state = algorithm.client_init(ctx, client)
+        state = initial_state(algorithm, ctx, client, learner.device)
     received, message = work.algorithm.broadcast(work.server, work.params, ctx, client)
     if work.buffers:
         learner.load_buffers(work.buffers)
@@ -161,6 +171,11 @@ def _train(federation: Federation, work: RoundWork, client: Client, state: Tree 
     return ClientResult(
         client, decoded, state, buffers, float(losses) / client.steps, sent, got, error=problem_of(decoded)
     )
+
+
+def initial_state(algorithm: Algorithm, ctx: Context, client: Client, device: torch.device) -> Tree:
+    """State of a client that takes part for the first time, on the device of the model."""
+    return {name: value.to(device) for name, value in algorithm.client_init(ctx, client).items()}
 
 
 class _WithLoss:

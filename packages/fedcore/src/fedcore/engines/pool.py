@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import multiprocessing
 import os
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field
 from multiprocessing import connection as mpc
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from multiprocessing.reduction import recv_handle, send_handle
+from multiprocessing.reduction import send_handle
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +22,7 @@ from polymodal.errors import UserError
 
 from fedcore.algorithm import Algorithm, Client, Tree
 from fedcore.engines.base import ClientResult, Engine, Federation, RoundWork
+from fedcore.engines.handle import Handle
 from fedcore.engines.segments import Layout, Segment, layout_of, read, write
 from fedcore.engines.worker import Order, Reply, main
 
@@ -63,7 +63,7 @@ class PoolEngine(Engine):
             raise UserError("engine=pool runs on the CPU; use engine=serial or batched for a model on an accelerator")
         self._limit = workers or _cores()
         self._algorithm: Algorithm | None = None
-        self._workers: list[_Handle] = []
+        self._workers: list[Handle] = []
         self._common: Segment | None = None
         self._end = weakref.finalize(self, _end, self._workers)
 
@@ -82,7 +82,7 @@ class PoolEngine(Engine):
             self.close()
             self._algorithm = work.algorithm
         while len(self._workers) < min(self._limit, len(work.clients)):
-            self._workers.append(_Handle(self._start()))
+            self._workers.append(Handle(self._start()))
         turn = _Round(work, self._publish(work))
         try:
             for position in range(len(work.clients)):
@@ -126,7 +126,7 @@ class PoolEngine(Engine):
                     turn.queue.insert(0, chosen)
                     worker = self._replace(index)
 
-    def _send(self, worker: _Handle, turn: _Round, position: int) -> None:
+    def _send(self, worker: Handle, turn: _Round, position: int) -> None:
         client = turn.work.clients[position]
         state = turn.work.states(client.id)
         layout, state_size = None, 0
@@ -179,11 +179,11 @@ class PoolEngine(Engine):
 
     # ------------------------------------------------------------------ processes
 
-    def _replace(self, index: int) -> _Handle:
+    def _replace(self, index: int) -> Handle:
         old = self._workers[index]
         old.end()
         log.warning("worker %s died (exit code %s); another one takes over", old.process.pid, old.process.exitcode)
-        self._workers[index] = _Handle(self._start())
+        self._workers[index] = Handle(self._start())
         return self._workers[index]
 
     def _start(self) -> tuple[BaseProcess, Connection]:
@@ -210,48 +210,12 @@ class PoolEngine(Engine):
             raise UserError(f"engine=pool cannot send model, loss or data to its workers: {text}") from error
 
 
-class _Handle:
-    """A worker process as the parent sees it."""
-
-    def __init__(self, started: tuple[BaseProcess, Connection]) -> None:
-        self.process, self.connection = started
-        self.position: int | None = None
-        self.common: Segment | None = None
-        self.state: Segment | None = None
-        self.segments: dict[int, Segment] = {}
-        self.freed: list[int] = []
-
-    def receive(self) -> Reply:
-        """The next reply; its segment is mapped afterwards."""
-        if not self.connection.poll():  # the process has ended, though something it started holds the line
-            raise EOFError
-        reply: Reply = self.connection.recv()
-        if reply.size:
-            segment = Segment(reply.size, recv_handle(self.connection))
-            segment.seal()
-            self.segments[reply.segment] = segment
-        return reply
-
-    def end(self) -> None:
-        """End the process, whatever it does."""
-        if self.position is not None:
-            self.process.kill()
-        else:
-            with contextlib.suppress(OSError):  # it has gone already
-                self.connection.send(None)
-        self.process.join(5)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
-        self.connection.close()
-
-
 @dataclass
 class _Done:
     """A result that waits for its turn, and whose memory it lies in."""
 
     result: ClientResult
-    worker: _Handle | None = None
+    worker: Handle | None = None
     segment: int = 0
     size: int = 0
 
@@ -286,7 +250,7 @@ class _Round:
         self.queue.remove(position)
         return position
 
-    def put(self, worker: _Handle, reply: Reply) -> None:
+    def put(self, worker: Handle, reply: Reply) -> None:
         """Keep the result of a worker, which is idle now."""
         position = worker.position
         assert position is not None
@@ -314,7 +278,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
-def _end(workers: list[_Handle]) -> None:
+def _end(workers: list[Handle]) -> None:
     """End all workers; those that are idle leave by themselves."""
     while workers:
         workers.pop().end()
