@@ -47,6 +47,7 @@ SCENARIOS = {
         {"cohorts": PARTIAL, "max_steps": 5, "weighting": "samples", "loss_scale": 1.5},
     ),
 }
+SCENARIOS["together"] = (SCENARIOS["clipped"][0], {**SCENARIOS["clipped"][1], "engine": "batched"})
 ATOL = 1e-12
 
 
@@ -65,6 +66,7 @@ def test_trajectory(name, options, scenario):
         sim.round()
         np.testing.assert_allclose(sim.flat.numpy(), theta, rtol=0, atol=ATOL)
         np.testing.assert_allclose(sim.evaluation_flat.numpy(), shown, rtol=0, atol=ATOL)
+    assert sim.engine == shape.get("engine", "serial")
     same_states({0: sim.server_state}, {0: expected.server})
     same_states(sim.client_states, expected.clients)
 
