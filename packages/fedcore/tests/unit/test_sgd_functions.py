@@ -30,6 +30,7 @@ def test_rates_of_the_specification():
     assert rate_sum(1.0, 50, 0.1) == pytest.approx(27.95, rel=1e-15)
 
 
+@settings(deadline=None)
 @given(st.floats(1e-6, 10), st.integers(1, 200), rho_values)
 def test_sum_of_rates(lr, steps, rho):
     rates = [local_rate(lr, k, steps, rho) for k in range(steps)]
@@ -39,6 +40,7 @@ def test_sum_of_rates(lr, steps, rho):
     assert rate_sum(lr, steps, rho) == pytest.approx(sum(rates), rel=1e-12)
 
 
+@settings(deadline=None)
 @given(st.floats(1e-6, 10), st.integers(1, 200))
 def test_steady_rate_is_exact(lr, steps):
     assert {local_rate(lr, k, steps, 1.0) for k in range(steps)} == {lr}
@@ -46,6 +48,7 @@ def test_steady_rate_is_exact(lr, steps):
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.float64])
+@settings(deadline=None)
 @given(st.floats(1e-3, 1), rho_values, st.lists(st.integers(1, 60), min_size=1, max_size=5))
 def test_rates_of_many_clients(dtype, lr, rho, steps):
     several = torch.tensor(steps, dtype=dtype)[:, None]
