@@ -41,7 +41,7 @@ def train(algorithm, world, which, server, state, steps, **numbers):
     """Local training of client ``which`` (an index), or of all together (``slice(None)``, ``steps`` (clients, 1)).
 
     Returns:
-        Upload, new state, and the list of loss gradients met.
+        Upload, new state, and the pairs (parameters, loss gradient) met.
     """
     ctx = context(steps, **numbers)
     received, message = algorithm.broadcast(server, world.params, ctx, Client(which, 10, steps))
@@ -53,8 +53,9 @@ def train(algorithm, world, which, server, state, steps, **numbers):
     met = []
 
     def grad_fn(params, batch, *, rng, update_buffers=True):
-        met.append(world.gradient(which, params, batch))
-        return met[-1].clone(), params.new_zeros(())
+        grad = world.gradient(which, params, batch)
+        met.append((params.clone(), grad.clone()))
+        return grad, params.new_zeros(())
 
     for k in range(ctx.max_steps):
         before = params.clone()

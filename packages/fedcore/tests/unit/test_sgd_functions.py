@@ -78,11 +78,10 @@ def test_descend_keeps_the_vector_and_its_format(dtype):
 @given(st.integers(0, 10**6), st.integers(1, 7), rho_values, st.sampled_from([0.0, 0.3]), st.sampled_from([0.0, 1.5]))
 def test_option_two_is_the_weighted_mean_of_the_gradients_met(seed, steps, rho, decay, clip):
     world = drive.Quadratics(seed)
-    algorithm = create("fedmoswa", rho=rho, weight_decay=0.0, clip_grad=clip).bind(world.spec)
+    algorithm = create("fedmoswa", rho=rho, weight_decay=decay, clip_grad=clip).bind(world.spec)
     server, state = {"m": world.vector()}, {"c": world.vector()}
     upload, new, met = drive.train(algorithm, world, 0, server, state, steps)
-    if clip:
-        met = [g * min(1.0, clip / float(g.norm())) for g in met]
+    met = [g * (min(1.0, clip / float(g.norm())) if clip else 1.0) + decay * params for params, g in met]
     rates = [local_rate(0.1, k, steps, rho) for k in range(steps)]
     expected = sum(rate * g for rate, g in zip(rates, met, strict=True)) / sum(rates)
     torch.testing.assert_close(new["c"], expected, rtol=1e-10, atol=1e-11)
