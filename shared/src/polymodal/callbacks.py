@@ -38,6 +38,7 @@ __all__ = [
     "PlainProgress",
     "RichProgress",
     "StopSignals",
+    "link_file",
     "load_checkpoint",
 ]
 
@@ -93,7 +94,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 class Checkpoints(L.Callback):
-    """``last.ckpt`` (full state), ``previous.ckpt`` (the one before) and ``best.ckpt`` (weights).
+    """``last.ckpt`` (full state), ``previous.ckpt`` (the one before) and ``best.ckpt`` (weights); early stopping.
 
     ``last`` is written at epoch ends after validation, and within an epoch every so many minutes or steps, always
     right after an optimizer step: accumulated gradients are not in the file. Within an epoch the last batch is left
@@ -102,7 +103,7 @@ class Checkpoints(L.Callback):
 
     Args:
         run: the run; files go to ``run.folder / "checkpoints"``.
-        config: cadence.
+        config: cadence, and patience: validations without improvement after which training stops.
         monitor: full metric name that picks ``best``; None keeps no best.
         mode: ``max`` or ``min``.
         stage: number of the training stage, stored in the file.
@@ -115,21 +116,24 @@ class Checkpoints(L.Callback):
         self.folder = run.folder / "checkpoints"
         self.best: float | None = None
         self.best_epoch = -1
+        self.stale = 0
         self._saved_at = time.monotonic()
         self._step = 0
         self.stop = StopSignals()
 
     def state_dict(self) -> dict[str, Any]:
-        """Best value so far, so that a resumed run keeps comparing with it."""
-        return {"best": self.best, "best_epoch": self.best_epoch}
+        """Best value so far and validations since, so that a resumed run keeps comparing with it."""
+        return {"best": self.best, "best_epoch": self.best_epoch, "stale": self.stale}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the best value."""
+        """Restore the best value and the count."""
         self.best, self.best_epoch = state_dict["best"], state_dict["best_epoch"]
+        self.stale = state_dict.get("stale", 0)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Take over Ctrl-C and SIGTERM."""
+        """Take over Ctrl-C and SIGTERM; a run that had stopped early is complete."""
         self.stop.install()
+        trainer.should_stop = trainer.should_stop or self._out_of_patience
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Remember where training starts."""
@@ -147,8 +151,7 @@ class Checkpoints(L.Callback):
         last_batch = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         config = self.config
         due = bool(config.checkpoint_every_steps) and trainer.global_step % config.checkpoint_every_steps == 0
-        if config.checkpoint_every_minutes:
-            due = due or time.monotonic() - self._saved_at > 60 * config.checkpoint_every_minutes
+        due = due or self._overdue
         if trainer.world_size > 1:  # clocks and signals differ between processes; rank 0 decides for all
             due, self.stop.requested = trainer.strategy.broadcast((due, self.stop.requested))
         if (due or self.stop.requested) and not last_batch:
@@ -162,32 +165,50 @@ class Checkpoints(L.Callback):
             raise Interrupted(self._farewell("stopped during validation; the last checkpoint stands"))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Keep the weights of the best validation."""
-        if self.monitor is None or trainer.state.fn != "fit":
+        """Keep the weights of the best validation; count those that were not, and stop when patience is at its end."""
+        if self.monitor is None or trainer.state.fn != "fit" or not pl_module.last_metrics:
             return
         if self.monitor not in pl_module.last_metrics:
             known = ", ".join(pl_module.last_metrics)
             raise UserError(f"monitor {self.monitor!r} is not a validation metric; there are: {known}")
         value = pl_module.last_metrics[self.monitor]
         better = self.best is None or (value > self.best if self.mode == "max" else value < self.best)
-        if better and not math.isnan(value):
+        better = better and not math.isnan(value)
+        self.stale = 0 if better else self.stale + 1
+        if better:
             if self.best is None and trainer.is_global_zero:
                 self._keep_earlier_stage()
             self.best, self.best_epoch = value, trainer.current_epoch
             trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=True)
+        elif self._out_of_patience:
+            trainer.should_stop = True
+            best = "no number yet" if self.best is None else f"best {self.best:.4g} in epoch {self.best_epoch + 1}"
+            log.info("%s has not improved in %d validations (%s); stopping", self.monitor, self.stale, best)
+
+    @property
+    def _out_of_patience(self) -> bool:
+        return bool(self.config.patience) and self.stale >= self.config.patience
+
+    @property
+    def _overdue(self) -> bool:
+        minutes = self.config.checkpoint_every_minutes
+        return bool(minutes) and time.monotonic() - self._saved_at > 60 * minutes
 
     def _keep_earlier_stage(self) -> None:
         path = self.folder / "best.ckpt"
         if path.is_file():
             stage = load_checkpoint(path).get("polymodal", {}).get("stage", self.stage)
             if stage != self.stage:
-                _link(path, self.folder / f"stage{stage}.ckpt")
+                link_file(path, self.folder / f"stage{stage}.ckpt")
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Save at the end of an epoch, after its validation."""
         every = self.config.checkpoint_every_epochs
         final = trainer.current_epoch + 1 == trainer.max_epochs or trainer.should_stop
-        if final or self.stop.requested or (every and (trainer.current_epoch + 1) % every == 0):
+        due = bool(every) and (trainer.current_epoch + 1) % every == 0
+        if trainer.world_size == 1:  # clocks differ between processes
+            due = due or self._overdue
+        if final or self.stop.requested or due:
             self.save_last(trainer)
         if self.stop.requested and not final:
             raise Interrupted(self._farewell(f"saved after epoch {trainer.current_epoch + 1}"))
@@ -196,7 +217,7 @@ class Checkpoints(L.Callback):
         """Write ``last.ckpt``; the one before becomes ``previous.ckpt`` without a moment in which neither exists."""
         last, previous = self.folder / "last.ckpt", self.folder / "previous.ckpt"
         if trainer.is_global_zero and last.exists():
-            _link(last, previous)
+            link_file(last, previous)
         trainer.save_checkpoint(last)
         self._saved_at = time.monotonic()
 
@@ -204,7 +225,7 @@ class Checkpoints(L.Callback):
         return f"{what}; continue with --resume {self.run.folder}"
 
 
-def _link(source: Path, target: Path) -> None:
+def link_file(source: Path, target: Path) -> None:
     """``target`` becomes ``source``, which stays, without a moment in which it is neither the old nor the new one."""
     spare = target.with_name(f".{target.name}.tmp")
     spare.unlink(missing_ok=True)
@@ -316,7 +337,8 @@ class MetricRows(L.Callback):
         step = trainer.global_step
         if step % self.every == 0 and step != self._logged:
             self._logged = step
-            values = {f"train/{k}": _scalar(v) for k, v in pl_module.train_logs.items()}
+            logs = pl_module.train_logs
+            values = {k if "/" in k else f"train/{k}": _scalar(v) for k, v in logs.items()}
             if trainer.optimizers:
                 values["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
             now = time.perf_counter()
@@ -334,13 +356,16 @@ class MetricRows(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Write the ``val/`` row."""
-        if trainer.state.fn == "fit" and trainer.is_global_zero:
+        if trainer.state.fn == "fit" and trainer.is_global_zero and pl_module.last_metrics:
             self.run.log(pl_module.last_metrics, trainer.global_step + self.offset, trainer.current_epoch)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Write the ``test/`` row."""
-        if trainer.is_global_zero:
-            self.run.log(pl_module.last_metrics, self.offset, None)
+        """Write the ``test/`` row, without what the last validation has written at this step."""
+        metrics = dict(pl_module.last_metrics)
+        if pl_module.tested_step == trainer.global_step:
+            metrics = {name: value for name, value in metrics.items() if not name.startswith("test/")}
+        if trainer.is_global_zero and metrics:
+            self.run.log(metrics, self.offset, None)
 
 
 def _scalar(value: Any) -> float:
@@ -391,7 +416,14 @@ class NonFiniteGuard(L.Callback):
 
 
 class PlainProgress(L.Callback):
-    """One line an epoch where there is no terminal: loss, validation, rate, time left."""
+    """One line an epoch where there is no terminal: loss, validation, rate, time left.
+
+    Args:
+        unit: what an epoch is called.
+    """
+
+    def __init__(self, unit: str = "epoch") -> None:
+        self.unit = unit
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Start the clock."""
@@ -405,7 +437,7 @@ class PlainProgress(L.Callback):
         spent = time.monotonic() - self._start
         total = -(-int(trainer.estimated_stepping_batches) * done // max(1, trainer.global_step))
         left = spent / max(1, done - self._first) * max(0, total - done)
-        parts = [f"epoch {done}/{total}"]
+        parts = [f"{self.unit} {done}/{total}"]
         if "loss" in pl_module.train_logs:
             parts.append(f"loss {_scalar(pl_module.train_logs['loss']):.3f}")
         if done % (trainer.check_val_every_n_epoch or 1) == 0:

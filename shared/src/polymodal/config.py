@@ -37,12 +37,14 @@ class TrainerConfig:
     """batches per optimizer step"""
     val_every_epochs: int = 1
     """epochs between validations"""
+    patience: int = 0
+    """validations without improvement before training stops (0: off)"""
     log_every_steps: int = 10
     """optimizer steps between rows of train/ and perf/ metrics"""
     checkpoint_every_epochs: int = 1
     """epochs between checkpoints (0: only by time and steps)"""
     checkpoint_every_minutes: float = 10.0
-    """minutes between checkpoints within an epoch (0: off)"""
+    """minutes between checkpoints (0: off)"""
     checkpoint_every_steps: int = 0
     """optimizer steps between checkpoints within an epoch (0: off)"""
     deterministic: bool = False
@@ -56,7 +58,8 @@ class TrainerConfig:
         for name in ("devices", "accumulate", "val_every_epochs", "log_every_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"trainer.{name}={getattr(self, name)}; expected at least 1")
-        for name in ("clip_grad", "checkpoint_every_epochs", "checkpoint_every_minutes", "checkpoint_every_steps"):
+        cadence = ("checkpoint_every_epochs", "checkpoint_every_minutes", "checkpoint_every_steps")
+        for name in ("clip_grad", "patience", *cadence):
             if getattr(self, name) < 0:
                 raise UserError(f"trainer.{name}={getattr(self, name)}; expected 0 (off) or more")
 

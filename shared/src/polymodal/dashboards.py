@@ -1,7 +1,8 @@
 """Panel layouts as data: one neutral table a package, drawn as a W&B workspace and as the sections of the HTML report.
 
 A package brings its own sections through an entry point of the group ``polymodal.dashboards`` (name: import name,
-value: ``module:attribute`` of a tuple of ``Section``); training, performance and configuration panels are shared.
+value: ``module:attribute`` of a tuple of ``Section``); training, performance and configuration panels are shared. A
+module whose runs count something else than optimizer steps says so by ``STEP_NAME``.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import importlib
 import importlib.util
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from typing import Any, Literal
 
@@ -92,10 +93,19 @@ def layout_for(package: str) -> Layout:
     for point in metadata.entry_points(group=LAYOUTS_GROUP, name=package):
         try:
             own = tuple(point.load())
+            step_name = getattr(importlib.import_module(point.module), "STEP_NAME", "step")
         except (ImportError, AttributeError, TypeError) as error:
             raise UserError(f"dashboard of {package}: {point.value} cannot be loaded ({error})") from error
-        return Layout(package, own + SHARED_SECTIONS)
+        return Layout(package, own + _by(step_name))
     return Layout(package, SHARED_SECTIONS)
+
+
+def _by(step_name: str) -> tuple[Section, ...]:
+    """The shared sections with steps called ``step_name``."""
+    return tuple(
+        replace(section, panels=tuple(replace(panel, x=step_name) for panel in section.panels))
+        for section in SHARED_SECTIONS
+    )
 
 
 def sections_of(layout: Layout, names: Iterable[str]) -> list[tuple[str, list[Panel]]]:

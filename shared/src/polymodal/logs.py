@@ -33,9 +33,10 @@ X_AXES = {
     "test/*": "step",
     "perf/*": "step",
     "comm/*": "round",
+    "client/*": "round",
     "privacy/*": "round",
 }
-"""Metric name pattern -> name of its x-axis. Packages that count rounds or tasks pass their own axis for all."""
+"""Metric name pattern -> name of its x-axis; ``step`` is replaced by what a run calls its steps."""
 
 HEADER = ["step", "epoch", "name", "value"]
 
@@ -76,18 +77,20 @@ class CsvLog(Logger):
             writer.writerow([step, "" if epoch == "" else int(epoch), name, repr(float(value))])
         append_text(self.path, text.getvalue())
 
-    def rewind(self, step: int, tested: int = 0) -> None:
+    def rewind(self, step: int, tested: int = 0, keep_tests: bool = False) -> None:
         """Before a resume, drop what will be logged again, and a half-written last line.
 
         Args:
             step: rows after this step go.
-            tested: step at which the present stage began: later ``test/`` rows are of this stage and go too, with the
-                values of their own axis (names without a slash, such as ``task``).
+            tested: step at which the present stage began: later ``test/`` and ``client/`` rows are of this stage and
+                go too, with the values of their own axis (names without a slash, such as ``task``).
+            keep_tests: ``test/`` rows were written by validations, so that those up to ``step`` stay.
         """
         kept = [HEADER]
         for row in _rows(self.path):
-            at, repeated = int(row[0]), row[2].startswith("test/") or "/" not in row[2]
-            if at <= (min(step, tested) if repeated else step):
+            at, name = int(row[0]), row[2]
+            at_the_end = name.startswith("client/") or "/" not in name or (name.startswith("test/") and not keep_tests)
+            if at <= (min(step, tested) if at_the_end else step):
                 kept.append(row)
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(kept)
@@ -110,6 +113,7 @@ class WandbLog(Logger):
         mode: ``online`` or ``offline``.
         settings: run_id, name, project, entity, group, tags, job_type of the run.
         axes: metric pattern -> x-axis (default ``X_AXES``).
+        step_name: what steps are called.
     """
 
     def __init__(
@@ -119,9 +123,12 @@ class WandbLog(Logger):
         mode: Literal["online", "offline"],
         settings: Mapping[str, Any],
         axes: Mapping[str, str] | None = None,
+        step_name: str = "step",
     ) -> None:
         super().__init__()
         import wandb
+
+        self.step_name = step_name
 
         os.environ.setdefault("WANDB_SILENT", "true")
         arguments = dict(
@@ -166,7 +173,7 @@ class WandbLog(Logger):
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log values; ``step`` becomes the x-axis value unless the metrics bring their own (round, task)."""
-        self.run.log({**metrics, **({} if step is None else {"step": step})})
+        self.run.log({**metrics, **({} if step is None else {self.step_name: step})})
 
     def log_table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Log a table of samples."""
@@ -187,8 +194,9 @@ def make_loggers(
     config: dict[str, Any],
     settings: Mapping[str, Any],
     axes: Mapping[str, str] | None = None,
+    step_name: str = "step",
 ) -> list[Logger]:
-    """CSV always, then what the configuration asks for; ``axes`` replaces rows of ``X_AXES``.
+    """CSV always, then what the configuration asks for; ``axes`` replaces rows of ``X_AXES``, ``step_name`` its steps.
 
     Raises:
         UserError: TensorBoard asked for but not installed.
@@ -196,7 +204,8 @@ def make_loggers(
     loggers: list[Logger] = [CsvLog(folder / "metrics.csv")]
     mode = wandb_mode(logging_config)
     if mode != "off":
-        loggers.append(WandbLog(folder, config, mode, settings, {**X_AXES, **(axes or {})}))
+        default = {pattern: step_name if axis == "step" else axis for pattern, axis in X_AXES.items()}
+        loggers.append(WandbLog(folder, config, mode, settings, {**default, **(axes or {})}, step_name))
     if logging_config.tensorboard:
         from lightning.pytorch.loggers import TensorBoardLogger
 

@@ -45,6 +45,7 @@ class Run:
         manifest: content of manifest.json.
         checkpoint: checkpoint to continue from, or None.
         checkpoint_marks: its task, stage and step, once it was read.
+        step_name: what a training step is called on x-axes: ``step`` or ``round``.
         is_writer: false in the further processes of a data-parallel run, which share the folder and write nothing.
     """
 
@@ -56,6 +57,7 @@ class Run:
         self.loggers: list[Any] = []
         self.sync_command: str | None = None
         self.is_writer = _rank() == 0
+        self.step_name = "step"
 
     @classmethod
     def start(
@@ -69,6 +71,7 @@ class Run:
         data: dict[str, Any] | None = None,
         job_type: str = "train",
         axes: Mapping[str, str] | None = None,
+        step_name: str = "step",
     ) -> Run:
         """Make (or, with ``config.resume``, reopen) the run folder, write manifest and config, open the loggers.
 
@@ -81,13 +84,14 @@ class Run:
             data: at least ``name`` and ``fingerprint`` of the data.
             job_type: ``train`` or ``eval``.
             axes: metric pattern -> name of its x-axis, where it is another than in ``logs.X_AXES``.
+            step_name: what a training step is called on x-axes, e.g. ``round`` where each is a round of a federation.
 
         Raises:
             UserError: folder not writable, nothing to resume, or a run of another task or other data.
         """
         threads = set_threads(config.threads)
         if _rank() > 0:
-            return cls._join(config)
+            return cls._join(config, step_name)
         checkpoint = None
         if isinstance(config, RunConfig) and config.resume:
             folder, checkpoint = find_resume(config.resume, task, config)
@@ -132,6 +136,7 @@ class Run:
             }
             write_text(folder / "config.yaml", to_yaml(config))
         run = cls(folder, config, manifest, checkpoint)
+        run.step_name = step_name
         run._write()
         run._open_loggers(axes or {})
         # Lightning starts the further processes of a data-parallel run later, with this environment.
@@ -139,7 +144,7 @@ class Run:
         return run
 
     @classmethod
-    def _join(cls, config: JobConfig) -> Run:
+    def _join(cls, config: JobConfig, step_name: str) -> Run:
         """The run of rank 0, for the other ranks."""
         shared = os.environ.get(_SHARED_RUN)
         if shared is None:
@@ -148,7 +153,9 @@ class Run:
                 "--trainer.devices N start the others"
             )
         folder, checkpoint = json.loads(shared)
-        return cls(Path(folder), config, read_manifest(Path(folder)), Path(checkpoint) if checkpoint else None)
+        run = cls(Path(folder), config, read_manifest(Path(folder)), Path(checkpoint) if checkpoint else None)
+        run.step_name = step_name
+        return run
 
     def _open_loggers(self, axes: Mapping[str, str]) -> None:
         from polymodal.logs import make_loggers
@@ -163,7 +170,7 @@ class Run:
             "job_type": self.manifest["job_type"],
         }
         full = {**to_dict(self.config), "method": self.manifest["method"], "data_info": self.manifest["data"]}
-        self.loggers = make_loggers(self.folder, self.config.log, full, settings, axes)
+        self.loggers = make_loggers(self.folder, self.config.log, full, settings, axes, self.step_name)
 
     def note(self, **values: Any) -> None:
         """Add facts to the manifest, e.g. ``device``, ``metric_signatures``."""

@@ -27,6 +27,12 @@ class TaskModule(L.LightningModule, ABC):
 
     Args:
         seed: root seed; the draws of a step are a function of (seed, epoch, batch index, rank).
+
+    Attributes:
+        train_logs: what the last step measured, by name; without a slash in it, ``train/`` is put in front.
+        last_metrics: what the last validation or test measured, under full names; empty where it left a turn out.
+        tested_step: last step whose validation measured ``test/`` metrics too, -1 before the first; None for a module
+            that is tested at the end only.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -35,6 +41,7 @@ class TaskModule(L.LightningModule, ABC):
         self.train_logs: dict[str, Tensor] = {}
         self.last_metrics: dict[str, float] = {}
         self.grad_norm: Tensor | None = None
+        self.tested_step: int | None = None
         self._records: dict[str, Any] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -23,6 +23,7 @@ from polymodal.callbacks import (
     NonFiniteGuard,
     PlainProgress,
     RichProgress,
+    link_file,
     load_checkpoint,
 )
 from polymodal.config import TrainerConfig
@@ -35,6 +36,7 @@ __all__ = [
     "StageOptions",
     "build_trainer",
     "evaluate",
+    "evaluate_fitted",
     "fit",
     "fit_and_test",
     "load_best",
@@ -117,7 +119,11 @@ def build_trainer(
     """
     _quiet_loggers()
     every, stage = config.log_every_steps, options.get("stage", 0)
-    progress = _progress(config)
+    if config.patience and options.get("monitor") is None:
+        raise UserError(
+            f"trainer.patience={config.patience}: nothing is monitored here that could improve; use 0 (off)"
+        )
+    progress = _progress(config, run.step_name)
     shared: list[L.Callback] = [
         DataPosition(),
         NonFiniteGuard(every),
@@ -151,13 +157,13 @@ def _cheap_device_check() -> None:
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
 
 
-def _progress(config: TrainerConfig) -> list[L.Callback]:
+def _progress(config: TrainerConfig, step_name: str) -> list[L.Callback]:
     kind = config.progress
     if kind == "auto":
         kind = "rich" if sys.stdout.isatty() else "plain"
     if kind == "rich":
         return [RichProgress(leave=False)]
-    return [PlainProgress()] if kind == "plain" else []
+    return [PlainProgress("round" if step_name == "round" else "epoch")] if kind == "plain" else []
 
 
 def _device(trainer: L.Trainer) -> str:
@@ -237,6 +243,8 @@ def _checkpoint_marks(run: Run) -> dict[str, Any] | None:
             raise UserError(f"checkpoint {path} is of task {marks.get('task')!r}, not {run.manifest['task']!r}")
         if problem is not None:
             log.warning("%s; going on from %s (step %s)", problem, path.name, marks.get("step"))
+            if run.is_writer:  # the next save makes last.ckpt the previous one: not a damaged file
+                link_file(path, run.checkpoint)
         run.checkpoint, run.checkpoint_marks = path, marks
         return marks
     raise problem or UserError(f"no checkpoint in {run.folder}")
@@ -258,7 +266,7 @@ def fit(
         for logger in run.loggers:
             if isinstance(logger, CsvLog):
                 offset = options.get("step_offset", 0)
-                logger.rewind(reached + offset, offset)
+                logger.rewind(reached + offset, offset, keep_tests=module.tested_step is not None)
     try:
         with quiet_lightning(), _interruptible():
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
@@ -275,6 +283,14 @@ def evaluate(module: TaskModule, data: L.LightningDataModule, trainer: L.Trainer
     with quiet_lightning(), _interruptible():
         trainer.test(module, datamodule=data, verbose=False)
     return dict(module.last_metrics)
+
+
+def evaluate_fitted(module: TaskModule, data: L.LightningDataModule, trainer: L.Trainer) -> dict[str, float]:
+    """``evaluate`` right after ``fit``, with rows that stand at the last step of the fit."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by Lightning's callback connector
+        if isinstance(callback, MetricRows):
+            callback.offset += trainer.global_step
+    return evaluate(module, data, trainer)
 
 
 def load_best(module: TaskModule, run: Run, stage: int = 0) -> None:
@@ -299,7 +315,4 @@ def fit_and_test(
     """Train (or resume), load the best weights, test; returns the ``test/`` metrics. Arguments as ``build_trainer``."""
     trainer = fit(module, data, config, run, callbacks, **options)
     load_best(module, run, options.get("stage", 0))
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by Lightning's callback connector
-        if isinstance(callback, MetricRows):
-            callback.offset += trainer.global_step
-    return evaluate(module, data, trainer)
+    return evaluate_fitted(module, data, trainer)
