@@ -62,6 +62,11 @@ class LocalPlan:
         steps = self.local_epochs * -(-samples // self.batch_size)
         return min(steps, self.max_steps) if self.max_steps else steps
 
+    def samples(self, samples: int) -> int:
+        """Samples that a client with ``samples`` of its own trains on in a round, repeats counted."""
+        epochs, steps = divmod(self.steps(samples), max(1, -(-samples // self.batch_size)))
+        return epochs * samples + min(steps * self.batch_size, samples)
+
     def batches(self, round: int, client: int, samples: int) -> list[Tensor]:
         """Indices (B,) of each local step of a client in a round."""
         draw = generator(self.seed, "order", round, client) if self.shuffle else None

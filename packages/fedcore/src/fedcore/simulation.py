@@ -218,7 +218,7 @@ class Simulation:
 
     def _work(self) -> RoundWork:
         """The clients and public numbers of the round to come."""
-        ids = self._cohort()
+        ids = self.cohort()
         lr = self.algorithm.rate(self.done, max(self.rounds or 0, self.done + 1))
         plan, data = self.federation.plan, self.federation.data
         clients = [Client(i, len(data[i]), plan.steps(len(data[i])), self.ranks[i]) for i in ids]
@@ -227,7 +227,12 @@ class Simulation:
         ctx = Context(self.done, self.rounds or self.done + 1, self.num_clients, len(ids), lr, last, most, most)
         return RoundWork(self.algorithm, self.server_state, self.flat, self.buffers, ctx, clients, self.store.get)
 
-    def _cohort(self) -> list[int]:
+    def cohort(self) -> list[int]:
+        """Clients of the round to come, ascending.
+
+        Raises:
+            UserError: cohorts were given for fewer rounds.
+        """
         if self.cohorts is None:
             return sample_cohort(self.seed, self.done, self.num_clients, self.cohort_size)
         if self.done >= len(self.cohorts):

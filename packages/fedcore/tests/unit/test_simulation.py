@@ -223,7 +223,7 @@ def test_sampled_cohorts_are_uniform_and_change():
     sim = simulate(data=toy.clients((4,) * 10), cohorts=None, fraction=0.3)
     drawn = []
     for _ in range(200):
-        drawn.append(sim._cohort())
+        drawn.append(sim.cohort())
         sim.done += 1
     counts = torch.bincount(torch.tensor(drawn).flatten(), minlength=10)
     assert all(len(set(c)) == 3 for c in drawn)

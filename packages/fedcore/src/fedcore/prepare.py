@@ -1,0 +1,181 @@
+"""From the options of ``fed-train`` to a simulation: data, clients, model, algorithm."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from polymodal.errors import UserError
+from polymodal.seeding import derive
+from torch import Tensor, nn
+
+from fedcore.algorithm import Algorithm
+from fedcore.algorithms import create
+from fedcore.imports import call_with, load_object
+from fedcore.settings import FedConfig
+from fedcore.simulation import Simulation
+
+if TYPE_CHECKING:
+    from fedcore.world import World
+
+__all__ = ["Prepared", "make_simulation", "prepare"]
+
+
+@dataclass
+class Prepared:
+    """Everything that a run trains on.
+
+    Args:
+        model: a module with its first weights, on the run's device.
+        clients: one data set a client.
+        splits: ``val`` and ``test``; None where there is no such split.
+        train: training samples of all clients without augmentation, for the landscape; None where they are not known.
+        loss: mean loss of ``(outputs, targets)`` for plain models.
+        monitor: metric that picks the best model, ``""`` where none is known.
+        facts: name, fingerprint, sizes and partition of the data, for the manifest.
+        world: clients of a data reader, with their labels.
+    """
+
+    model: nn.Module
+    clients: Sequence[Any]
+    splits: dict[str, Any]
+    train: Any
+    loss: Callable[[Tensor, Any], Tensor]
+    monitor: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    world: World | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Trainable parameters."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+
+def prepare(config: FedConfig) -> Prepared:
+    """Read the data, divide it over clients, build the model.
+
+    Raises:
+        UserError: data or options that do not fit.
+    """
+    device = device_of(config.trainer.accelerator)
+    found = _own_datasets(config) if config.datasets else _reader_datasets(config)
+    found.model.to(device)
+    if not config.federation.val_share and not config.datasets:
+        found.monitor = ""
+    return found
+
+
+def device_of(accelerator: str) -> torch.device:
+    """The device that Lightning's trainer will choose; the model is put there before its vectors are laid out.
+
+    Raises:
+        UserError: an accelerator that is not there.
+    """
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", 0)
+    if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
+        return torch.device("mps", 0)
+    if accelerator in ("auto", "cpu"):
+        return torch.device("cpu")
+    raise UserError(f"--trainer.accelerator {accelerator}: torch finds no such device here; use cpu or auto")
+
+
+def make_simulation(config: FedConfig, found: Prepared, algorithm: Algorithm | None = None) -> Simulation:
+    """The simulation of a run.
+
+    Raises:
+        UserError: options out of range, or a model that does not take the data.
+    """
+    federation = config.federation
+    chosen = algorithm or create(config.algorithm, **config.options_of_algorithm())
+    return Simulation(
+        found.model,
+        found.clients,
+        chosen,
+        loss=found.loss,
+        batch_size=federation.batch_size,
+        local_epochs=federation.local_epochs,
+        max_steps=federation.max_steps,
+        fraction=federation.fraction,
+        seed=config.seed,
+        rounds=federation.rounds,
+        engine=federation.engine,
+        workers=federation.workers,
+        weighting=federation.weighting,
+        state_memory_mib=federation.state_memory_mib,
+    )
+
+
+# ------------------------------------------------------------------ where the data comes from
+
+
+def _reader_datasets(config: FedConfig) -> Prepared:
+    from fedcore.partition_files import checksum
+    from fedcore.world import build_world, make_model
+
+    data = config.data
+    world = build_world(data, config.partition, val_share=config.federation.val_share, seed=config.seed)
+    facts = {
+        **data.describe(),
+        "clients": len(world.clients),
+        "val_samples": 0 if world.val is None else len(world.val),
+        "partition": {**world.partition.how, "sha256": checksum(world.partition)},
+    }
+    offered = {"num_classes": world.num_classes, "input_shape": world.test.input_shape}
+    if config.module:
+        model = _own_module(config, offered)
+    else:
+        model = make_model(config.model, world, seed=config.seed, vocabulary=data.vocabulary)
+    monitor = "" if config.module else ("val/loss" if data.regression else "val/accuracy")
+    splits = {"val": world.val, "test": world.test}
+    return Prepared(model, world.clients, splits, world.train, world.loss, monitor, facts, world)
+
+
+def _own_datasets(config: FedConfig) -> Prepared:
+    """Clients from the user's function.
+
+    Raises:
+        UserError: it does not return a mapping with clients, or there is no module to train on them.
+    """
+    if not config.module:
+        raise UserError("--datasets needs --module: what should be trained on these clients?")
+    made = call_with(
+        load_object(config.datasets, "datasets"), config.datasets_options, {"seed": config.seed}, "datasets"
+    )
+    if not isinstance(made, Mapping) or not made.get("clients"):
+        raise UserError(
+            f"--datasets {config.datasets}: expected a mapping with clients, a list of data sets, and perhaps val and"
+            f" test; it returned {type(made).__name__}"
+        )
+    clients = list(made["clients"])
+    sizes = [len(client) for client in clients]
+    what = {"datasets": config.datasets, "options": config.datasets_options, "sizes": sizes}
+    text = json.dumps(what, sort_keys=True, default=str)
+    facts = {
+        "name": config.datasets.rpartition(":")[2],
+        "fingerprint": str(made.get("fingerprint") or hashlib.sha256(text.encode()).hexdigest()[:16]),
+        "clients": len(clients),
+    }
+    splits = {name: made.get(name) for name in ("val", "test")}
+    return Prepared(_own_module(config, {}), clients, splits, None, nn.functional.cross_entropy, "", facts)
+
+
+def _own_module(config: FedConfig, offered: dict[str, Any]) -> nn.Module:
+    """The user's module with the weights that belong to the seed.
+
+    Raises:
+        UserError: not a torch module.
+    """
+    made = load_object(config.module, "module")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(config.seed, "model"))
+        model = call_with(made, config.module_options, offered, "module")
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"--module {config.module}: {type(model).__name__} is no torch module; give a polymodal.TaskModule"
+        )
+    return model

@@ -1,0 +1,130 @@
+"""``fed-train``: train one model over many clients, round by round; report what came out."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from polymodal.cli import command
+from polymodal.errors import UserError
+
+from fedcore.algorithms import ALGORITHMS
+from fedcore.data import READERS
+from fedcore.settings import FedConfig
+
+if TYPE_CHECKING:
+    from polymodal.run import Run
+
+__all__ = ["DEFAULT_PRESETS", "list_methods", "main", "train"]
+
+EXAMPLE = """
+fed-train                                           # digits, 40 clients, FedMoSWA: about a minute
+fed-train --algorithm scaffold --seed 1             # a rival on the same data
+fed-train --data cifar100 --data.root DIR --model resnet18_gn --algorithm fedadamw
+fed-train --module my_task.py:MyTask --datasets my_task.py:clients     # any TaskModule
+fed-train --resume runs/fedcore/RUN                 # go on after Ctrl-C or a crash
+"""
+DEFAULT_PRESETS = {"": "digits", "digits": "digits"}
+ALIASES = {
+    "model": "model.name",
+    "partition": "partition.scheme",
+    "clients": "partition.clients",
+    "alpha": "partition.alpha",
+    "rounds": "federation.rounds",
+    "fraction": "federation.fraction",
+    "lr": "federation.lr",
+    "engine": "federation.engine",
+}
+
+
+def main() -> int:
+    """Entry point of ``fed-train``; returns the exit code."""
+    return command(
+        train,
+        FedConfig,
+        prog="fed-train",
+        example=EXAMPLE,
+        presets="fedcore",
+        choices={"data": READERS},
+        default_presets=DEFAULT_PRESETS,
+        aliases=ALIASES,
+        list_methods=list_methods,
+    )
+
+
+def list_methods() -> str:
+    """Algorithms with paper and fidelity, one line each."""
+    width = max(len(row.name) for row in ALGORITHMS)
+    return "\n".join(f"{row.name:<{width}}  {row.fidelity:<14}  {row.summary}  [{row.paper}]" for row in ALGORITHMS)
+
+
+def train(config: FedConfig) -> None:
+    """Run all rounds and print the result.
+
+    Raises:
+        UserError: bad data, options, model or checkpoint.
+        RoundError: a round in which no client reported; the last checkpoint stands.
+    """
+    from polymodal.run import Run
+    from polymodal.seeding import set_threads
+
+    from fedcore.job import Job
+    from fedcore.outcome import closing_table
+
+    set_threads(config.threads)
+    job = Job(config)
+    if not config.datasets:
+        config.data.check()
+    job.check()
+    if config.dry_run:
+        sys.stdout.write(job.plan() + "\n")
+        return
+    _refuse_other_run(config, job.facts())
+    with Run.start(
+        "fedcore",
+        config,
+        name=job.name,
+        method=job.info.name,
+        fidelity=job.info.fidelity,
+        data=job.facts(),
+        step_name="round",
+    ) as run:
+        module = job.run(run)
+        final = job.finish(run, module)
+        run.finish(final)
+    sys.stdout.write("\n" + closing_table(final, config, module.totals, module.simulation.done) + "\n")
+    _show(run)
+
+
+def _refuse_other_run(config: FedConfig, facts: dict[str, Any]) -> None:
+    """Before a run goes on: what its rounds were trained for must be what this command asks for.
+
+    Raises:
+        UserError: another algorithm, model, partition or seed.
+    """
+    from polymodal.run import find_resume, read_manifest
+
+    if not config.resume:
+        return
+    folder, _ = find_resume(config.resume, "fedcore", config)
+    manifest = read_manifest(folder)
+    if manifest["task"] != "fedcore":
+        return  # Run.start says so
+    before = {**manifest["data"], "algorithm": manifest["method"], "seed": manifest["seed"]}
+    now = {"algorithm": config.algorithm, "seed": config.seed, "model": facts["model"], "clients": facts["clients"]}
+    for key, value in now.items():
+        if before.get(key, value) != value:
+            raise UserError(
+                f"--resume {folder}: a run with {key} {before[key]}, not {value}; leave that option out to continue "
+                "it, or --resume to start a new run"
+            )
+    if before.get("partition") != facts.get("partition"):
+        raise UserError(f"--resume {folder}: its clients have other samples; leave the options of partition out")
+
+
+def _show(run: Run) -> None:
+    """The run folder, the command that shows more, the W&B upload command."""
+    sys.stdout.write(f"\nrun folder  {run.folder}\npictures    {run.folder / 'figures'}\n")
+    sys.stdout.write(f"more        polymodal report {run.folder} --html\n")
+    if run.sync_command:
+        sys.stdout.write(f"upload      {run.sync_command}\n")
