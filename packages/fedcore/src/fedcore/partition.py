@@ -212,7 +212,8 @@ def bin_targets(targets: np.ndarray, bins: int = 5) -> np.ndarray:
 
 def _draw_classes(rng: np.random.Generator, mix: np.ndarray, count: int) -> list[int]:
     ends = np.cumsum(mix)
-    return np.minimum(np.searchsorted(ends / ends[-1], rng.random(count), side="right"), len(mix) - 1).tolist()
+    chosen = np.searchsorted(ends / ends[-1], rng.random(count), side="right")
+    return [int(place) for place in np.minimum(chosen, len(mix) - 1)]
 
 
 def _draw_left(rng: np.random.Generator, mix: np.ndarray, left: np.ndarray) -> int:

@@ -15,6 +15,18 @@ READERS: dict[str, str] = {
     "fashion_mnist": "fedcore.data.fashion.FashionMNIST",
     "cifar10": "fedcore.data.cifar.CIFAR10",
     "cifar100": "fedcore.data.cifar.CIFAR100",
+    "tiny_imagenet": "fedcore.data.tiny_imagenet.TinyImageNet",
+    "text_domains": "fedcore.data.text_domains.TextDomains",
+    "glue": "fedcore.data.glue.Glue",
+    "glue:sst2": "fedcore.data.glue.SST2",
+    "glue:cola": "fedcore.data.glue.CoLA",
+    "glue:mrpc": "fedcore.data.glue.MRPC",
+    "glue:qqp": "fedcore.data.glue.QQP",
+    "glue:qnli": "fedcore.data.glue.QNLI",
+    "glue:rte": "fedcore.data.glue.RTE",
+    "glue:wnli": "fedcore.data.glue.WNLI",
+    "glue:mnli": "fedcore.data.glue.MNLI",
+    "glue:stsb": "fedcore.data.glue.STSB",
 }
 
 

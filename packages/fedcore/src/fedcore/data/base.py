@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from polymodal.errors import UserError
 from polymodal.paths import require_dir
 
+from fedcore.data.array_type import ArrayData
+
 if TYPE_CHECKING:
     import numpy as np
-
-    from fedcore.data.arrays import ArrayData
 
 __all__ = ["SPLITS", "FedData"]
 
@@ -66,6 +66,11 @@ class FedData:
     def num_classes(self) -> int:
         """C, outputs of a model: classes, or 1 for a regression."""
         return 1 if self.regression else len(self.class_names())
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What is reported of a model, names in ``fedcore.data.metrics``."""
+        return ("accuracy",)
 
     @property
     def vocabulary(self) -> int:

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from polymodal.errors import UserError
 from polymodal.paths import require_files
 
+from fedcore.data.array_type import ArrayData
 from fedcore.data.images import CIFAR_MEAN, CIFAR_STD, ImageData
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from fedcore.data.arrays import ArrayData
 
 __all__ = ["CIFAR10", "CIFAR100"]
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from polymodal.errors import UserError
 from polymodal.seeding import numpy_rng
 
+from fedcore.data.array_type import ArrayData
 from fedcore.data.base import FedData
-
-if TYPE_CHECKING:
-    from fedcore.data.arrays import ArrayData
 
 __all__ = ["Digits"]
 

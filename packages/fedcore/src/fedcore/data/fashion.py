@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, ClassVar
 from polymodal.errors import UserError
 from polymodal.paths import require_files
 
+from fedcore.data.array_type import ArrayData
 from fedcore.data.images import ImageData
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from fedcore.data.arrays import ArrayData
 
 __all__ = ["FashionMNIST", "read_idx"]
 

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 from polymodal.errors import UserError
 
+from fedcore.data.array_type import ArrayData
 from fedcore.data.base import FedData
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from fedcore.data.arrays import ArrayData
 
 __all__ = ["CIFAR_MEAN", "CIFAR_STD", "ImageData"]
 
