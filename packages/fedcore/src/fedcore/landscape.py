@@ -75,12 +75,16 @@ class DatasetLoss:
         module = self._call.task.module
         self.spec = ParamSpec.from_module(module)
         self.flat = self.spec.flatten({item.name: module.get_parameter(item.name).detach() for item in self.spec})
+        self._here = partial(_move, device=self.flat.device)
 
     def parts(self) -> Iterable[tuple[float, LossFn]]:
         """Weight and loss of each batch; the weighted sum is the mean over the data set."""
         draw = generator(0, "landscape") if self._data.augments else None
         for index in torch.split(torch.arange(len(self._data)), self._batch_size):
-            yield len(index) / len(self._data), partial(self._batch_loss, batch=self._data.batch(index, draw))
+            yield (
+                len(index) / len(self._data),
+                partial(self._batch_loss, batch=self._here(self._data.batch(index, draw))),
+            )
 
     def _batch_loss(self, params: Tensor, batch: Any) -> Tensor:
         named = {f"module.{item.name}": item.view(params) for item in self.spec}
@@ -98,6 +102,14 @@ class DatasetLoss:
         for weight, part in self.parts():
             total = total + weight * part(params)
         return total
+
+
+def _move(batch: Any, device: torch.device) -> Any:
+    if device.type == "cpu":
+        return batch
+    from lightning.fabric.utilities import move_data_to_device
+
+    return move_data_to_device(batch, device)
 
 
 class _LossModule(nn.Module):
