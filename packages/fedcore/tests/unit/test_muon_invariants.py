@@ -147,7 +147,7 @@ class Recording(FedMuon):
     """Takes every local step twice: on copies without the alignment, and really."""
 
     def local_step(self, params, grad_fn, batch, local, step):
-        alone = Local({k: v for k, v in local.shared.items() if "shift" not in k})
+        alone = Local({k: v for k, v in local.shared.items() if k != "direction"})
         alone.own.update({k: v.clone() for k, v in local.own.items()})
         after, _ = super().local_step(params.clone(), grad_fn, batch, alone, step)
         MOVES.append(after - params)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from fedcore.ops import newton_schulz
 from fedcore.ops.lowrank import expand, pack, rank_for, truncate, unpack
-from fedcore.ops.newton_schulz import POLAR_EXPRESS, QUINTIC, iteration_dtype, orthogonalise
+from fedcore.ops.newton_schulz import POLAR_EXPRESS, QUINTIC, iteration_dtype, orthogonalise, polar_factors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -145,7 +145,7 @@ def test_float32_stays_near_float64_however_ill_conditioned(orth, spread):
 
 def test_the_gram_form_is_left_where_rounding_would_grow(monkeypatch):
     seen = []
-    monkeypatch.setattr(newton_schulz, "_gram", lambda x, _: seen.append(x) or x)
+    monkeypatch.setattr(newton_schulz, "_gram", lambda x, *_: seen.append(x) or (x @ x.mT, x))
     u = torch.ones(2, 8)
     orthogonalise(u, steps=6)
     orthogonalise(u.bfloat16(), ns_dtype="bfloat16")
@@ -179,6 +179,16 @@ def test_number_format():
     fine = orthogonalise(normal(6, 16, 40))
     assert rough.dtype == torch.float64
     assert 1e-4 < float((rough - fine).norm() / fine.norm()) < 0.1
+
+
+def test_factors_need_the_smaller_side_first():
+    u = normal(7, 2, 3, 8)
+    for orth in ORTHS:
+        left, right = polar_factors(u.clone(), orth)
+        assert (left.shape, right.shape) == ((2, 3, 3), (2, 3, 8))
+        torch.testing.assert_close(left @ right, orthogonalise(u, orth), rtol=0, atol=1e-13)
+    with pytest.raises(ValueError, match="matrices are 8 x 3; expected no more rows than columns"):
+        polar_factors(u.mT)
 
 
 def test_unknown_choices():

@@ -9,18 +9,20 @@ from typing import Any, ClassVar, Literal, Self, get_args
 import torch
 from torch import Tensor
 
-from fedcore.algorithm import Algorithm, Client, Context, GradFn, Local, RoundLr, Step, Tree, clip_norm
+from fedcore.algorithm import Algorithm, Client, Context, GradFn, Local, RoundLr, Step, Tree
 from fedcore.ops.adam import adam_step_, moment_dtype
 from fedcore.ops.lowrank import pack, unpack
 from fedcore.ops.matrices import (
     ConvScale,
     MuonParams,
+    add_product_,
     gather,
     matrix_layout,
     pieces,
     scatter_,
+    spans_of,
 )
-from fedcore.ops.newton_schulz import NsDtype, NsForm, Orth, orthogonalise
+from fedcore.ops.newton_schulz import NsDtype, NsForm, Orth, polar_factors
 from fedcore.spec import ParamSpec
 
 __all__ = ["FedMuon"]
@@ -148,30 +150,25 @@ class FedMuon(Algorithm):
     def local_init(
         self, params: Tensor, message: Tree, state: Tree, ctx: Context, full_grad: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Local]:
-        """Momentum laid out for the steps; the alignment step, which is the same K times."""
-        shared: Tree = {}
-        if "momentum" in message:
-            shared["momentum"] = self.layout.to_work(message["momentum"])
-        if "direction" in message:
-            shared["shift"] = message["direction"] * (-self.alignment * ctx.lr)
-            shared["rest_shift"] = gather(shared["shift"], self.layout.rest)
-        return params, Local(shared)
+        """The message as it came; a client's own momentum is made in its first step."""
+        return params, Local(message)
 
     def local_step(self, params: Tensor, grad_fn: GradFn, batch: Any, local: Local, step: Step) -> tuple[Tensor, Local]:
-        """AdamW for class A, then momentum, decay, alignment and orthogonal steps for class M."""
+        """AdamW for class A, momentum and orthogonal steps for class M, alignment for all."""
         grad, _ = grad_fn(params, batch, rng=step.rng)
-        clip_norm(grad, self.clip_grad)
-        own, shift = local.own, local.shared.get("shift")
         if not step.k:
             self._begin(params, local)
-        kept = self._keep(params, own, shift, grad_fn.missing) if grad_fn.missing else ()
-        # Class A first, on a copy: the passes over the whole vector below write over it.
-        rest = self._adamw(params, grad, local, step) if self.layout.rest else None
-        self._muon(params, grad, own["momentum"], shift, step)
-        if rest is not None:
-            scatter_(params, self.layout.rest, rest)
+        kept = self._keep(params, local, step, grad_fn.missing) if grad_fn.missing else ()
+        factor = self._clip_factor(grad)
+        if self.layout.rest:
+            self._adamw(params, grad, factor, local.own, step)
+        grad.mul_((1 - self.beta) * factor)
+        self._average(grad, local, step)
+        self._move(params, grad, step)
         for place, value in kept:
             place.copy_(value)
+        if "direction" in local.shared:
+            params.add_(local.shared["direction"], alpha=-self.alignment * step.lr)
         return params, local
 
     def local_finish(
@@ -207,25 +204,30 @@ class FedMuon(Algorithm):
     # ------------------------------------------------------------------ parts of a local step
 
     def _begin(self, params: Tensor, local: Local) -> None:
-        """State of the first step, with the client dimension of ``params``."""
+        """A client's own tensors, with the client dimension of ``params``; ``_average`` fills the momentum."""
         own, clients = local.own, params.shape[:-1]
-        if "momentum" in local.shared:
-            own["momentum"] = local.shared["momentum"].expand(*clients, -1).clone()
-        else:
-            own["momentum"] = params.new_zeros(*clients, self.layout.num_segment)
+        own["momentum"] = params.new_empty(*clients, self.layout.num_segment)
+        for start, stop in self.layout.gaps:
+            own["momentum"][..., start:stop] = 0.0
         if self.layout.rest:
             for name in ("m", "v"):
                 own[name] = params.new_zeros(*clients, self.layout.num_rest, dtype=moment_dtype(params.dtype))
 
-    def _adamw(self, params: Tensor, grad: Tensor, local: Local, step: Step) -> Tensor:
-        """New parameters of class A (..., P_A), alignment included."""
+    def _clip_factor(self, grad: Tensor) -> Tensor | float:
+        """What ``grad`` (..., P) is multiplied by so that its norm is at most ``clip_grad``."""
+        if not self.clip_grad:
+            return 1.0
+        return torch.clamp(self.clip_grad / grad.norm(dim=-1, keepdim=True), max=1.0)
+
+    def _adamw(self, params: Tensor, grad: Tensor, factor: Tensor | float, own: Tree, step: Step) -> None:
+        """Move class A."""
         values = gather(params, self.layout.rest)
         rate = step.lr * (1 - self.alignment)
         adam_step_(
             values,
-            gather(grad, self.layout.rest),
-            local.own["m"],
-            local.own["v"],
+            gather(grad, self.layout.rest).mul_(factor),
+            own["m"],
+            own["v"],
             rate=rate,
             b1=self.adam_beta1,
             b2=self.adam_beta2,
@@ -234,48 +236,59 @@ class FedMuon(Algorithm):
             c2=1 - self.adam_beta2 ** (step.k + 1),
             decay=rate * self.weight_decay,
         )
-        return values.add_(local.shared["rest_shift"]) if "rest_shift" in local.shared else values
+        scatter_(params, self.layout.rest, values)
 
-    def _muon(self, params: Tensor, grad: Tensor, momentum: Tensor, shift: Tensor | None, step: Step) -> None:
-        """Move class M, momentum included, and all of class A by decay and alignment; ``grad`` becomes U."""
-        at = 0
-        for start, stop in self.layout.segments:
-            part, average = grad[..., start:stop], momentum[..., at : at + stop - start]
-            average.lerp_(part, 1 - self.beta)
+    def _average(self, grad: Tensor, local: Local, step: Step) -> None:
+        """Update the momentum with ``grad``, which holds ``(1 - beta) g`` and becomes U."""
+        layout, momentum, before = self.layout, local.own["momentum"], local.shared.get("momentum")
+        segments = list(zip(layout.segments, spans_of(layout.segments), strict=True))
+        if step.k:
+            for (start, stop), (low, high) in segments:
+                part = momentum[..., low:high]
+                torch.add(grad[..., start:stop], part, alpha=self.beta, out=part)
+        else:
+            wire = spans_of(layout.matrices)
+            for (start, stop), (low, high), (first, last) in zip(layout.matrices, layout.places, wire, strict=True):
+                part = momentum[..., low:high]
+                if before is None:
+                    part.copy_(grad[..., start:stop])
+                else:
+                    torch.add(grad[..., start:stop], before[first:last], alpha=self.beta, out=part)
+        for (start, stop), (low, high) in segments:
             if self.nesterov:
-                part.lerp_(average, self.beta)
+                grad[..., start:stop].add_(momentum[..., low:high], alpha=self.beta)
             else:
-                part.copy_(average)
-            at += stop - start
+                grad[..., start:stop] = momentum[..., low:high]
+
+    def _move(self, params: Tensor, direction: Tensor, step: Step) -> None:
+        """Decay class M and move it along the orthogonalised U, which is overwritten."""
         rate = step.lr * self.mu_lr * (1 - self.alignment)
         keep = 1 - rate * self.weight_decay
-        if shift is not None:
-            torch.add(shift, params, alpha=keep, out=params)
-        elif self.weight_decay:
-            params.mul_(keep)
-        for matrix, found in self.layout.orthogonalised(grad, self._orthogonalise):
-            matrix.view(params).sub_(found, alpha=rate * matrix.scale(self.conv_scale))
+        for matrix, left, right in self.layout.factors(direction, self._factors):
+            alpha = -rate * matrix.scale(self.conv_scale)
+            add_product_(matrix.view(params), left, right, beta=keep, alpha=alpha)
 
-    def _orthogonalise(self, matrices: Tensor) -> Tensor:
-        return orthogonalise(
-            matrices,
-            self.orth,
-            steps=self.ns_steps,
-            eps=self.ns_eps,
-            ns_dtype=self.ns_dtype,
-            ns_form=self.ns_form,
-        )
+    def _factors(self, matrices: Tensor) -> tuple[Tensor, Tensor]:
+        options: dict[str, Any] = {"ns_dtype": self.ns_dtype, "ns_form": self.ns_form}
+        return polar_factors(matrices, self.orth, steps=self.ns_steps, eps=self.ns_eps, **options)
 
     def _keep(
-        self, params: Tensor, own: Tree, shift: Tensor | None, missing: tuple[tuple[int, int], ...]
+        self, params: Tensor, local: Local, step: Step, missing: tuple[tuple[int, int], ...]
     ) -> list[tuple[Tensor, Tensor]]:
-        """Places that a step must not change because they have no gradient, with what they hold (aligned)."""
-        kept = []
+        """Places that a step must not change because they have no gradient, with what belongs there."""
+        layout, own, before = self.layout, local.own, local.shared.get("momentum")
+        kept: list[tuple[Tensor, Tensor]] = []
         for start, stop in missing:
-            place = params[..., start:stop]
-            kept.append((place, place.clone() if shift is None else place + shift[start:stop]))
-            for spans, names in ((self.layout.segments, ("momentum",)), (self.layout.rest, ("m", "v"))):
-                for low, high, at in pieces(spans, start, stop):
-                    views = [own[name][..., at : at + high - low] for name in names]
-                    kept.extend((view, view.clone()) for view in views)
+            views = [params[..., start:stop]]
+            for low, high, at in pieces(layout.rest, start, stop):
+                views.extend(own[name][..., at : at + high - low] for name in ("m", "v"))
+            kept.extend((view, view.clone()) for view in views)
+            for low, high, wire in pieces(layout.matrices, start, stop):
+                ((_, _, at),) = pieces(layout.segments, low, high)
+                place = own["momentum"][..., at : at + high - low]
+                if step.k:
+                    kept.append((place, place.clone()))
+                else:  # nothing is in there yet
+                    old = torch.zeros_like(place) if before is None else before[wire : wire + high - low]
+                    kept.append((place, old.expand_as(place)))
         return kept

@@ -20,13 +20,25 @@ from torch import Tensor
 
 from fedcore.spec import ParamInfo, ParamSpec
 
-__all__ = ["ConvScale", "Matrix", "MatrixLayout", "MuonParams", "gather", "matrix_layout", "pieces", "scatter_"]
+__all__ = [
+    "ConvScale",
+    "Matrix",
+    "MatrixLayout",
+    "MuonParams",
+    "add_product_",
+    "gather",
+    "matrix_layout",
+    "pieces",
+    "scatter_",
+    "spans_of",
+]
 
 log = logging.getLogger(__name__)
 
 MuonParams = Literal["all2d", "hidden"]
 ConvScale = Literal["flattened", "official", "none"]
 Span = tuple[int, int]
+Factorize = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 HIDDEN = ("linear", "conv", "query", "key", "value", "qkv", "lora_a", "lora_b")
 """Kinds of hidden layers. The first layer of a transformer for images is a convolution by type but an embedding."""
@@ -78,6 +90,7 @@ class MatrixLayout:
         rest: spans of class A; neighbours are joined.
         segments: spans of the momentum while it is at work: those of class M with small gaps bridged.
         places: where the spans of class M lie in the concatenation of the segments.
+        gaps: what else is in there.
     """
 
     groups: tuple[tuple[Matrix, ...], ...]
@@ -85,6 +98,7 @@ class MatrixLayout:
     rest: tuple[Span, ...]
     segments: tuple[Span, ...]
     places: tuple[Span, ...]
+    gaps: tuple[Span, ...]
 
     @property
     def shapes(self) -> list[tuple[int, int, int]]:
@@ -107,32 +121,25 @@ class MatrixLayout:
         """S, length of the momentum at work."""
         return _length(self.segments)
 
-    def to_work(self, momentum: Tensor) -> Tensor:
-        """Momentum (..., P_M) as it travels -> (..., S) at work, zero in the gaps; itself where there are no gaps."""
-        if self.matrices == self.segments:
-            return momentum
-        work = momentum.new_zeros(*momentum.shape[:-1], self.num_segment)
-        scatter_(work, self.places, momentum)
-        return work
-
     def to_wire(self, work: Tensor) -> Tensor:
         """Momentum (..., S) at work -> (..., P_M) as it travels; itself where there are no gaps."""
         return work if self.matrices == self.segments else gather(work, self.places)
 
-    def orthogonalised(self, flat: Tensor, function: Callable[[Tensor], Tensor]) -> Iterator[tuple[Matrix, Tensor]]:
+    def factors(self, flat: Tensor, function: Factorize) -> Iterator[tuple[Matrix, Tensor, Tensor]]:
         """Orthogonalise all matrices of a flat vector, those of one shape in one call for all tensors and clients.
 
         Args:
-            flat: (..., P); not changed.
-            function: (..., n, m, n') -> the same shape, matrix by matrix.
+            flat: (..., P); may be overwritten by ``function``.
+            function: (..., n, m, n') -> factors (..., n, m, m) and (..., n, m, n') of the result.
 
         Yields:
-            Every matrix with its result (..., batch, m, n), oriented as ``Matrix.view``.
+            Every matrix with its factors (..., batch, m, m) and (..., batch, m, n'), oriented as ``Matrix.view``.
         """
         for group in self.groups:
             views = [matrix.view(flat) for matrix in group]
-            found = function(torch.cat(views, dim=-3) if len(views) > 1 else views[0])
-            yield from zip(group, torch.split(found, [matrix.batch for matrix in group], dim=-3), strict=True)
+            left, right = function(torch.cat(views, dim=-3) if len(views) > 1 else views[0])
+            sizes = [matrix.batch for matrix in group]
+            yield from zip(group, torch.split(left, sizes, dim=-3), torch.split(right, sizes, dim=-3), strict=True)
 
 
 def matrix_layout(spec: ParamSpec, muon_params: MuonParams = "all2d") -> MatrixLayout:
@@ -170,7 +177,8 @@ def _layout(spec: ParamSpec, muon_params: MuonParams) -> MatrixLayout:
     matrices, rest = tuple(spans[True]), tuple(spans[False])
     segments = _bridged(matrices)
     places = [(at, at + high - low) for span in matrices for low, high, at in pieces(segments, *span)]
-    return MatrixLayout(tuple(map(tuple, groups.values())), matrices, rest, segments, tuple(places))
+    gaps = [(at, at + high - low) for span in rest for low, high, at in pieces(segments, *span)]
+    return MatrixLayout(tuple(map(tuple, groups.values())), matrices, rest, segments, tuple(places), tuple(gaps))
 
 
 def _is_matrix(info: ParamInfo, muon_params: MuonParams) -> bool:
@@ -210,21 +218,39 @@ def _length(spans: tuple[Span, ...]) -> int:
     return sum(stop - start for start, stop in spans)
 
 
-def _places(spans: tuple[Span, ...]) -> list[int]:
-    """Where each span begins in the concatenation of all."""
+def spans_of(spans: tuple[Span, ...]) -> list[Span]:
+    """Where each span lies in the concatenation of all."""
     places, at = [], 0
     for start, stop in spans:
-        places.append(at)
+        places.append((at, at + stop - start))
         at += stop - start
     return places
 
 
 def pieces(spans: tuple[Span, ...], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
     """Parts of ``[start, stop)`` that lie in ``spans``: (first, one past the last, place in their concatenation)."""
-    for (low, high), place in zip(spans, _places(spans), strict=True):
+    for (low, high), (place, _) in zip(spans, spans_of(spans), strict=True):
         first, last = max(low, start), min(high, stop)
         if first < last:
             yield first, last, place + first - low
+
+
+def add_product_(target: Tensor, left: Tensor, right: Tensor, *, beta: float, alpha: float) -> None:
+    """``target <- beta target + alpha left right``, in one operation where the number formats agree.
+
+    Args:
+        target: (..., batch, m, n), any strides.
+        left: (..., batch, m, k).
+        right: (..., batch, k, n).
+        beta: share of the target that stays.
+        alpha: factor of the product.
+    """
+    if left.dtype != target.dtype:
+        torch.add((alpha * left) @ right, target, alpha=beta, out=target)
+        return
+    for i in range(target.shape[-3]):
+        place, a, b = (x.select(-3, i) for x in (target, left, right))
+        (place.baddbmm_ if place.ndim > 2 else place.addmm_)(a, b, beta=beta, alpha=alpha)
 
 
 def gather(flat: Tensor, spans: tuple[Span, ...]) -> Tensor:
@@ -236,5 +262,5 @@ def gather(flat: Tensor, spans: tuple[Span, ...]) -> Tensor:
 
 def scatter_(flat: Tensor, spans: tuple[Span, ...], values: Tensor) -> None:
     """Write a concatenation (..., sum of lengths) back to its spans of ``flat`` (..., P)."""
-    for (start, stop), place in zip(spans, _places(spans), strict=True):
-        flat[..., start:stop] = values[..., place : place + stop - start]
+    for (start, stop), (low, high) in zip(spans, spans_of(spans), strict=True):
+        flat[..., start:stop] = values[..., low:high]

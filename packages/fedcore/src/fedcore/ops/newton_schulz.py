@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-__all__ = ["POLAR_EXPRESS", "QUINTIC", "NsDtype", "NsForm", "Orth", "iteration_dtype", "orthogonalise"]
+__all__ = ["POLAR_EXPRESS", "QUINTIC", "NsDtype", "NsForm", "Orth", "iteration_dtype", "orthogonalise", "polar_factors"]
 
 Orth = Literal["quintic", "polar_express", "svd"]
 NsDtype = Literal["auto", "bfloat16", "float32", "float64"]
@@ -60,27 +60,55 @@ def orthogonalise(
 
     Source: arXiv 2510.27403 (quintic: KellerJordan/Muon; Polar Express: arXiv 2505.16932).
     """
+    if matrices.shape[-2] > matrices.shape[-1]:
+        return orthogonalise(matrices.mT, orth, steps=steps, eps=eps, ns_dtype=ns_dtype, ns_form=ns_form).mT
+    left, right = polar_factors(matrices.clone(), orth, steps=steps, eps=eps, ns_dtype=ns_dtype, ns_form=ns_form)
+    return (left @ right).to(matrices.dtype)
+
+
+def polar_factors(
+    matrices: Tensor,
+    orth: Orth = "quintic",
+    *,
+    steps: int = 5,
+    eps: float = 1e-7,
+    ns_dtype: NsDtype = "auto",
+    ns_form: NsForm = "auto",
+) -> tuple[Tensor, Tensor]:
+    """``orthogonalise`` without its last product, which an optimiser can add to the parameters in the same operation.
+
+    Args:
+        matrices: (..., m, n) with m <= n, any strides; may be overwritten, and the right factor may share its memory.
+        orth: see ``orthogonalise``, as all further options.
+        steps: of the iteration.
+        eps: added to the norm.
+        ns_dtype: number format of the iteration and of the factors (``svd``: of the matrices, at least float32).
+        ns_form: of the iteration.
+
+    Returns:
+        ``left`` (..., m, m) and ``right`` (..., m, n), whose product is the orthogonalised matrix.
+
+    Raises:
+        ValueError: an unknown ``orth``, ``ns_dtype`` or ``ns_form``, or more rows than columns.
+    """
     for name, given, kind in (("orth", orth, Orth), ("ns_form", ns_form, NsForm)):
         if given not in get_args(kind):
             raise ValueError(f"{name}={given!r}; expected one of {', '.join(get_args(kind))}")
-    rows, cols = matrices.shape[-2:]
+    *lead, rows, cols = matrices.shape
     if rows > cols:
-        return orthogonalise(matrices.mT, orth, steps=steps, eps=eps, ns_dtype=ns_dtype, ns_form=ns_form).mT
+        raise ValueError(f"matrices are {rows} x {cols}; expected no more rows than columns, transpose them")
     if orth == "svd":
-        return _polar_factor(matrices)
-    dtype = iteration_dtype(matrices, ns_dtype)
+        return _svd_factors(matrices)
+    x = matrices.to(iteration_dtype(matrices, ns_dtype)).reshape(-1, rows, cols)
     # One matrix as 2-D: plain matrix products are faster than batches of one.
-    x = matrices.to(dtype).reshape(-1, rows, cols)
     x = x[0] if len(x) == 1 else x
-    # Not in place: x may share the memory of the momentum.
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=_wide(dtype))
-    x = x / (norm + eps if orth == "quintic" else 1.02 * norm + 1e-6).to(dtype)
-    coefficients = [QUINTIC if orth == "quintic" else POLAR_EXPRESS[min(k, 4)] for k in range(steps)]
     gram = ns_form == "gram" or (
-        ns_form == "auto" and cols >= 2 * rows and steps <= GRAM_STEPS and dtype != torch.bfloat16
+        ns_form == "auto" and cols >= 2 * rows and steps <= GRAM_STEPS and x.dtype != torch.bfloat16
     )
-    x = _gram(x, coefficients) if gram and steps else _standard(x, coefficients)
-    return x.to(matrices.dtype).reshape(matrices.shape)
+    coefficients = [QUINTIC if orth == "quintic" else POLAR_EXPRESS[min(k, 4)] for k in range(steps)]
+    widen, least = (1.0, eps) if orth == "quintic" else (1.02, 1e-6)
+    left, right = (_gram if gram else _standard)(x, coefficients, widen, least)
+    return left.reshape(*lead, rows, rows), right.reshape(*lead, rows, cols)
 
 
 def iteration_dtype(matrices: Tensor, ns_dtype: NsDtype = "auto") -> torch.dtype:
@@ -97,22 +125,35 @@ def iteration_dtype(matrices: Tensor, ns_dtype: NsDtype = "auto") -> torch.dtype
     return torch.float32 if matrices.device.type == "cpu" else torch.bfloat16
 
 
-def _standard(x: Tensor, coefficients: list[tuple[float, float, float]]) -> Tensor:
-    """``X <- a X + (b A + c A A) X`` with ``A = X X^T``, for x (m, n) or (batch, m, n), m <= n."""
+def _standard(
+    x: Tensor, coefficients: list[tuple[float, float, float]], widen: float, least: float
+) -> tuple[Tensor, Tensor]:
+    """``X <- a X + (b A + c A A) X`` with ``A = X X^T``, for x (m, n) or (batch, m, n); in the last step as factors."""
     product = torch.baddbmm if x.ndim == 3 else torch.addmm
-    for a, b, c in coefficients:
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=_wide(x.dtype))
+    x = x.div_((widen * norm + least).to(x.dtype))
+    for k, (a, b, c) in enumerate(coefficients):
         square = x @ x.mT
-        x = product(x, product(square, square, square, beta=b, alpha=c), x, beta=a)
-    return x
+        part = product(square, square, square, beta=b, alpha=c)
+        if k < len(coefficients) - 1:
+            x = product(x, part, x, beta=a)
+    part.diagonal(dim1=-2, dim2=-1).add_(a)
+    return part, x
 
 
-def _gram(x: Tensor, coefficients: list[tuple[float, float, float]]) -> Tensor:
-    """The same map, on ``G = X X^T``: with ``P = a I + b G + c G G``, ``Q <- P Q`` and ``G <- P G P``; ``Q X`` at last.
+def _gram(
+    x: Tensor, coefficients: list[tuple[float, float, float]], widen: float, least: float
+) -> tuple[Tensor, Tensor]:
+    """The same map on ``G = X X^T``: with ``P = a I + b G + c G G``, ``Q <- P Q`` and ``G <- P G P``; ``Q X`` at last.
 
-    All of these are polynomials of one matrix and commute.
+    All of these are polynomials of one matrix and commute. X itself is read twice and never written: its norm is the
+    root of the trace of G, and Q takes the division.
     """
     product = torch.baddbmm if x.ndim == 3 else torch.addmm
-    gram, total = x @ x.mT, torch.empty(0)
+    gram = x @ x.mT
+    scale = widen * gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1).sqrt()[..., None, None] + least
+    gram.div_(scale).div_(scale)  # the square of a small scale may vanish
+    total = gram
     for k, (a, b, c) in enumerate(coefficients):
         part = product(gram, gram, gram, beta=b, alpha=c)  # P without its identity
         if k < len(coefficients) - 1:
@@ -121,18 +162,17 @@ def _gram(x: Tensor, coefficients: list[tuple[float, float, float]]) -> Tensor:
         if k:
             total = product(total, total, part, beta=a)
         else:
-            total = part
+            total = part.clone()
             total.diagonal(dim1=-2, dim2=-1).add_(a)
-    return total @ x
+    return total.div_(scale), x
 
 
-def _polar_factor(matrices: Tensor) -> Tensor:
-    """``U V^T`` (..., m, n), without the directions whose singular value is zero to rounding."""
+def _svd_factors(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """U (..., m, m) without the directions whose singular value is zero to rounding, and V^T (..., m, n)."""
     wide = matrices.to(_wide(matrices.dtype))
     left, values, right = torch.linalg.svd(wide, full_matrices=False)
     least = max(matrices.shape[-2:]) * torch.finfo(wide.dtype).eps * values[..., :1]
-    result: Tensor = (left * (values > least).to(wide.dtype).unsqueeze(-2)) @ right
-    return result.to(matrices.dtype)
+    return left * (values > least).to(wide.dtype).unsqueeze(-2), right
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
