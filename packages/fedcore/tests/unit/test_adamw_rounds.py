@@ -64,7 +64,8 @@ def flats(name, cohorts=COHORTS, rounds=None, **options):
 def test_first_round_is_local_adamw(name, options):
     first, *later = flats(name, **options)
     expected = flats("local_adamw")
-    assert torch.equal(first, expected[0])
+    torch.testing.assert_close(first, expected[0], rtol=0, atol=1e-14)
+    assert torch.equal(first, expected[0]) or name == "agg_vm"  # whose m is kept undivided
     assert not torch.allclose(later[0], expected[1], rtol=0, atol=1e-6)
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -107,7 +106,7 @@ class AdamFamily(Algorithm):
 
     def advance(self, params: Tensor, grad: Tensor, local: Local, **options: float) -> None:
         """Adam's step in place, see ``adam_step_``."""
-        adam_step_(params, grad, local.own["m"], local.own["v"], b1=self.b1, b2=self.b2, eps=self.eps, **options)
+        adam_step_(params, grad, local.own["m"], local.own["v"], b2=self.b2, eps=self.eps, **options)
 
     # ------------------------------------------------------------------ the interface
 
@@ -146,15 +145,16 @@ class AdamFamily(Algorithm):
         clip_norm(grad, self.clip_grad)
         if step.k == 0:
             self._begin(grad, local)
-        with _kept((params, local.own["m"], local.own["v"]), grad_fn.missing):
-            grad = self.adjusted(grad, local, step)
-            shrink = self._decay(params, grad, step.lr)
-            k = step.k + 1
-            c1, c2 = self.corrections(k, k + int(local.shared["t"]) if "t" in local.shared else k)
-            adam, pull = self.weights
-            self.advance(params, grad, local, rate=step.lr * adam, decay=shrink, c1=c1, c2=c2)
-            if pull:
-                params.add_(local.shared["direction"], alpha=-step.lr * pull)
+        spared = _views((params, local.own["m"], local.own["v"]), grad_fn.missing) if grad_fn.missing else []
+        before = [view.clone() for view in spared]
+        grad = self.adjusted(grad, local, step)
+        shrink = self._decay(params, grad, step.lr)
+        adam, pull = self.weights
+        self.advance(params, grad, local, rate=step.lr * adam, decay=shrink, **self._numbers(step.k + 1, local))
+        if pull:
+            params.add_(local.shared["direction"], alpha=-step.lr * pull)
+        for view, values in zip(spared, before, strict=True):
+            view.copy_(values)
         return params, local
 
     def local_finish(
@@ -175,10 +175,25 @@ class AdamFamily(Algorithm):
     # ------------------------------------------------------------------ parts
 
     def _begin(self, grad: Tensor, local: Local) -> None:
-        like = grad if grad.dtype == moment_dtype(grad.dtype) else grad.to(moment_dtype(grad.dtype))
+        """Moments before the first step.
+
+        An m that starts from zero is kept divided by ``1 - b1^k``, as a mean with weights that add up to 1, which the
+        first step sets to its gradient: so it takes the place of the gradient, and nothing has to be cleared.
+        """
+        like = grad.to(moment_dtype(grad.dtype))
         for name in ("m", "v"):
-            carried = name in self.carried
-            local.own[name] = self.unpack(local.shared[name], like) if carried else torch.zeros_like(like)
+            if name in self.carried:
+                local.own[name] = self.unpack(local.shared[name], like)
+            else:
+                local.own[name] = like if name == "m" else torch.zeros_like(like)
+
+    def _numbers(self, k: int, local: Local) -> dict[str, float]:
+        """``b1`` and bias corrections of the k-th step, from 1."""
+        c1, c2 = self.corrections(k, k + int(local.shared["t"]) if "t" in local.shared else k)
+        if "m" in self.carried:
+            return {"b1": self.b1, "c1": c1, "c2": c2}
+        kept = 1 - self.b1**k
+        return {"b1": 1 - (1 - self.b1) / kept, "c1": c1 / kept, "c2": c2}
 
     def _decay(self, params: Tensor, grad: Tensor, lr: float) -> float:
         """Decay that is not left to Adam's step; returns what is."""
@@ -203,11 +218,6 @@ def _decayed_spans(spec: ParamSpec) -> tuple[tuple[int, int], ...]:
     return tuple(spans)
 
 
-@contextmanager
-def _kept(tensors: tuple[Tensor, ...], spans: tuple[tuple[int, int], ...]) -> Iterator[None]:
-    """Put spans of the last dimension back as they were."""
-    views = [tensor[..., start:stop] for tensor in tensors for start, stop in spans]
-    before = [view.clone() for view in views]
-    yield
-    for view, values in zip(views, before, strict=True):
-        view.copy_(values)
+def _views(tensors: tuple[Tensor, ...], spans: tuple[tuple[int, int], ...]) -> list[Tensor]:
+    """Spans of the last dimension of all tensors."""
+    return [tensor[..., start:stop] for tensor in tensors for start, stop in spans]

@@ -41,4 +41,4 @@ class AggM(AdamFamily):
     def advance(self, params: Tensor, grad: Tensor, local: Local, **options: float) -> None:
         """Adam's step in place, coordinates held within the cap."""
         m, v = local.own["m"], local.own["v"]
-        capped_adam_step_(params, grad, m, v, b1=self.b1, b2=self.b2, eps=self.eps, cap=self.cap, **options)
+        capped_adam_step_(params, grad, m, v, b2=self.b2, eps=self.eps, cap=self.cap, **options)

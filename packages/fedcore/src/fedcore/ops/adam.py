@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ def adam_step_(
     Args:
         params: (..., P).
         grad: (..., P), may be changed.
-        m: (..., P) in ``moment_dtype``.
+        m: (..., P) in ``moment_dtype``; may be ``grad`` itself where ``b1`` is 0.
         v: (..., P) in ``moment_dtype``.
         rate: step length, more than 0.
         b1: share of the old m.
@@ -53,14 +54,14 @@ def adam_step_(
     """
     root = math.sqrt(c2)
     lr = rate * root / c1
-    work = params.to(m.dtype).contiguous()
+    work = params if params.dtype == m.dtype and params.is_contiguous() else params.to(m.dtype).contiguous()
     torch._fused_adamw_(
         [work],
-        [grad.to(m.dtype).contiguous()],
+        [grad if grad.dtype == m.dtype and grad.is_contiguous() else grad.to(m.dtype).contiguous()],
         [m],
         [v],
         [],
-        [torch.full((), math.inf, device=params.device)],
+        [_never(params.device)],
         lr=lr,
         beta1=b1,
         beta2=b2,
@@ -71,6 +72,12 @@ def adam_step_(
     )
     if work is not params:
         params.copy_(work)
+
+
+@cache
+def _never(device: torch.device) -> Tensor:
+    """A step counter at infinity."""
+    return torch.full((), math.inf, device=device)
 
 
 def capped_adam_step_(

@@ -80,10 +80,8 @@ class Blocks:
             like: has the shape of the result, where ``means`` lacks leading dimensions.
         """
         out = means.new_empty((*means.shape[:-1], self.numel) if like is None else like.shape)
-        at = 0
-        for view in self._views(out):
-            view.copy_(means[..., at : at + view.shape[-2]].unsqueeze(-1))
-            at += view.shape[-2]
+        for view, part in zip(self._views(out), means.split_with_sizes(self._counts, dim=-1), strict=True):
+            view.copy_(part.unsqueeze(-1))
         return out
 
     def table(self) -> str:
@@ -94,9 +92,18 @@ class Blocks:
         widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
         return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
+    @cached_property
+    def _counts(self) -> list[int]:
+        return [run.blocks for run in self.runs]
+
+    @cached_property
+    def _lengths(self) -> list[int]:
+        return [run.blocks * run.length for run in self.runs]
+
     def _views(self, flat: Tensor) -> Iterator[Tensor]:
-        for start, blocks, length in self.runs:
-            yield flat[..., start : start + blocks * length].view(*flat.shape[:-1], blocks, length)
+        """The runs as views (..., blocks, length)."""
+        for run, part in zip(self.runs, flat.split_with_sizes(self._lengths, dim=-1), strict=True):
+            yield part.view(*flat.shape[:-1], run.blocks, run.length)
 
 
 def hessian_blocks(spec: ParamSpec) -> Blocks:
