@@ -34,6 +34,8 @@ ATTEMPTS = 3
 """A client whose worker dies so many times is dropped."""
 WAITING_BYTES = 256 * 2**20
 """Finished uploads may wait for those of smaller ids up to this size; then clients are started in order of ids."""
+WAITING_CLIENTS = 64
+"""The same for their number: each of them takes a file descriptor."""
 
 
 class PoolEngine(Engine):
@@ -243,7 +245,7 @@ class _Round:
 
     def choose(self, position: int) -> int | None:
         """The next client to start; None where there is none, or too much waits for ``position``."""
-        if self.waiting <= WAITING_BYTES:
+        if self.waiting <= WAITING_BYTES and len(self.done) <= WAITING_CLIENTS:
             return self.queue.pop(0) if self.queue else None
         if position not in self.queue:
             return None
