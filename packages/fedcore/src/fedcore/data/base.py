@@ -74,8 +74,11 @@ class FedData:
 
     @property
     def vocabulary(self) -> int:
-        """Number of token ids, padding 0 included; 0 where inputs are not text."""
+        """Number of token ids of texts, padding 0 included; 0 where inputs are no texts."""
         return 0
+
+    def fit_to_model(self, model: str) -> None:
+        """Adapt options that were left open to the model's name; call it before anything is read."""
 
     def home(self) -> Path:
         """The root folder.

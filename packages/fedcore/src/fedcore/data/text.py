@@ -24,8 +24,8 @@ class TextData(FedData):
 
     Args:
         root: folder of the data set.
-        tokenizer: local folder with a tokenizer of transformers (for models hf:FOLDER); none: hashed words, for the
-            model ``bag``.
+        tokenizer: local folder with a tokenizer of transformers; none: the model's for ``hf:FOLDER``, else hashed
+            words.
         ngrams: hashed words: longest run of words that counts as one token, 1..5.
         buckets: hashed words: number of ids they are hashed into.
         max_length: most words (or tokens, with a tokenizer) of a text; 0: 128 for pairs, 64 for single texts.
@@ -57,10 +57,16 @@ class TextData(FedData):
         """Most words or tokens of a sample."""
         return self.max_length or (128 if self.pairs else 64)
 
+    def fit_to_model(self, model: str) -> None:
+        """Take the tokenizer of the model ``hf:FOLDER`` unless one was given; call it before anything is read."""
+        library, _, folder = model.partition(":")
+        if library == "hf" and self.tokenizer is None:
+            self.tokenizer = Path(folder).expanduser()
+
     @property
     def vocabulary(self) -> int:
-        """Number of token ids, padding included."""
-        return self.buckets + 1 if self.tokenizer is None else len(self._tokenizer())
+        """Number of stored ids: padding 0, and the hash buckets or the tokenizer's ids, one higher."""
+        return 1 + (self.buckets if self.tokenizer is None else len(self._tokenizer()))
 
     def encode(self, texts: Sequence[tuple[str, ...]], targets: np.ndarray, **options: Any) -> ArrayData:
         """Samples from texts.
@@ -78,15 +84,13 @@ class TextData(FedData):
 
         if self.tokenizer is None:
             rows = [hash_ids(sample, self.ngrams, self.buckets, self.length) for sample in texts]
-            padding = 0
         else:
-            tokenizer = self._tokenizer()
-            padding = int(tokenizer.pad_token_id)
             columns = [list(column) for column in zip(*texts, strict=True)]
-            rows = tokenizer(*columns, truncation=True, max_length=self.length)["input_ids"] if columns else []
+            coded = self._tokenizer()(*columns, truncation=True, max_length=self.length)["input_ids"] if columns else []
+            rows = [[number + 1 for number in ids] for ids in coded]
         values = torch.from_numpy(targets)
         values = values.float() if self.regression else values.long()
-        return ArrayData(padded(rows, padding), values, transform=Trim(padding), **options)
+        return ArrayData(padded(rows), values, transform=Trim(), **options)
 
     def _tokenizer(self) -> Any:
         known: dict[str, Any] = self.__dict__.setdefault("_tokenizers", {})

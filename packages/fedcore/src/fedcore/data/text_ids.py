@@ -52,10 +52,10 @@ def _shared(sequences: list[list[str]], length: int) -> list[list[str]]:
     return [sequence[: max(half, length - short + half)] for sequence in sequences]
 
 
-def padded(rows: Sequence[Sequence[int]], padding: int) -> Tensor:
-    """(N, longest) int32, padded at the end."""
+def padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    """(N, longest) int32, padded with 0 at the end."""
     longest = max([1, *map(len, rows)])
-    table = np.full((len(rows), longest), padding, dtype=np.int32)
+    table = np.zeros((len(rows), longest), dtype=np.int32)
     for row, ids in zip(table, rows, strict=True):
         row[: len(ids)] = ids
     return torch.from_numpy(table)

@@ -73,18 +73,11 @@ class Normalise:
 
 
 class Trim:
-    """Cut token ids to the longest text of the batch.
-
-    Args:
-        padding: id of the padding, which stands at the end.
-    """
-
-    def __init__(self, padding: int = 0) -> None:
-        self.padding = padding
+    """Cut token ids to the longest text of the batch; padding is 0 and stands at the end."""
 
     def __call__(self, ids: Tensor) -> Tensor:
         """(B, L) -> (B, longest), at least one column."""
-        used = (ids != self.padding).any(dim=0).nonzero()
+        used = (ids != 0).any(dim=0).nonzero()
         return ids[:, : int(used[-1]) + 1 if len(used) else 1]
 
 
