@@ -113,6 +113,7 @@ class Simulation:
         self.store = ClientStore(state_memory_mib)
         self.done = 0
         self._last_lr: float | None = None
+        self._timed = 0
         self._check_data()
 
     # ------------------------------------------------------------------ what users read
@@ -251,8 +252,9 @@ class Simulation:
         return self._engine
 
     def _consider_pool(self, seconds: float) -> None:
-        """After the first serial round of ``auto``: worker processes from now on, where they pay."""
-        if self.engine != "auto":
+        """After the second serial round of ``auto`` (the first warms up): worker processes, where they pay."""
+        self._timed += 1
+        if self.engine != "auto" or self._timed < 2:
             return
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
         workers = min(self.workers or cores, self.cohort_size)

@@ -263,3 +263,19 @@ def test_states_beyond_the_bound_are_mapped_from_files():
     assert torch.equal(sim.flat, free.flat)
     for client in sim.client_states:
         assert torch.equal(sim.client_states[client]["c"], free.client_states[client]["c"])
+
+
+def test_auto_says_what_it_chose_keeps_the_bits_and_a_resumed_run_keeps_the_choice(monkeypatch, caplog):
+    serial = simulate()
+    serial.run(4)
+    for bound, engine in ((0.0, "pool"), (1e9, "serial")):
+        monkeypatch.setattr("fedcore.simulation.POOL_FROM_SECONDS", bound)
+        monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
+        with simulate(engine="auto") as sim, caplog.at_level(logging.INFO, "fedcore"):
+            sim.run(4)
+            assert sim.engine == engine
+            assert f"engine {engine}: a round took" in caplog.text
+            assert torch.equal(sim.flat, serial.flat)
+            resumed = simulate(engine="auto")
+            resumed.load_state_dict(sim.state_dict())
+            assert resumed.engine == engine
