@@ -102,7 +102,7 @@ class Simulation:
         bound = {r: algorithm.bind(learner.spec) for r, learner in learners.items()}
         self.federation = Federation(bound, learners, data, plan)
         self.cohorts = _checked_cohorts(cohorts, len(data))
-        self.cohort_size = cohort_size(len(data), fraction)
+        self.cohort_size = max(map(len, self.cohorts)) if self.cohorts else cohort_size(len(data), fraction)
         self.seed, self.rounds = seed, rounds
         self.weighting: Literal["uniform", "samples"] = weighting
         self.engine, self.workers = engine, workers
