@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
+import lightning as L
 import pytest
 import torch
 from polymodal import trainer as trainer_module
@@ -82,6 +83,41 @@ def test_names_steps_and_axes(train) -> None:
     assert [r[:2] for r in rows(run) if r[2] == "val/accuracy"] == [(6, "0"), (12, "1")]
     assert [r[:2] for r in rows(run) if r[2] == "test/accuracy"] == [(12, "")]
     assert run.manifest["metrics"] == {"test/accuracy": column(run, "test/accuracy")[0]}
+
+
+class Says(L.Callback):
+    """Changes what the module says of its steps and validations, before the shared callbacks read it."""
+
+    def on_train_batch_end(self, trainer, pl_module, *arguments) -> None:
+        pl_module.train_logs |= {"aux": torch.tensor(0.5), "comm/up_bytes": torch.tensor(8.0)}
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        if pl_module.current_epoch == 0:
+            pl_module.last_metrics = {}
+
+
+def test_names_with_a_slash_are_full_names_and_a_validation_may_be_left_out(train) -> None:
+    run = train(Says())
+    names = {name for _, _, name, _ in rows(run)}
+    assert {"train/aux", "comm/up_bytes"} <= names
+    assert [r[:2] for r in rows(run) if r[2] == "val/accuracy"] == [(12, "1")]
+
+
+class Tests(L.Callback):
+    """Validations measure the test split too."""
+
+    def on_fit_start(self, trainer, pl_module) -> None:
+        pl_module.tested_step = -1
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        pl_module.last_metrics["test/accuracy"] = 0.3
+        pl_module.tested_step = trainer.global_step
+
+
+def test_a_test_that_the_last_validation_wrote_is_not_written_again(train) -> None:
+    run = train(Tests())
+    assert [(r[0], r[3]) for r in rows(run) if r[2] == "test/accuracy"] == [(6, 0.3), (12, 0.3)]
+    assert run.manifest["metrics"]["test/accuracy"] != 0.3
 
 
 def test_throughput_is_sane(train) -> None:

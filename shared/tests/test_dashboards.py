@@ -38,6 +38,15 @@ def test_a_package_brings_its_own_sections_before_the_shared_ones(installed, mon
     assert layout_for("other").sections == dashboards.SHARED_SECTIONS
 
 
+def test_shared_panels_go_by_what_a_package_counts(installed, monkeypatch):
+    monkeypatch.setattr(dashboards, "OWN_FOR_TEST", OWN, raising=False)
+    monkeypatch.setattr(dashboards, "STEP_NAME", "round", raising=False)
+    installed(fedcore="polymodal.dashboards:OWN_FOR_TEST")
+    shared = layout_for("fedcore").sections[len(OWN) :]
+    assert {panel.x for section in shared for panel in section.panels} == {"round"}
+    assert [section.title for section in shared] == [section.title for section in dashboards.SHARED_SECTIONS]
+
+
 @pytest.mark.parametrize("target", ["polymodal.nowhere:X", "polymodal.dashboards:nothing"])
 def test_a_broken_entry_point_is_named(installed, target):
     installed(slt=target)

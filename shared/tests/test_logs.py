@@ -37,6 +37,20 @@ def test_csv_appends_and_rewinds(tmp_path: Path) -> None:
     assert len(log.path.read_text().splitlines()) == 2
 
 
+def test_rows_of_tests_by_validation_survive_a_rewind(tmp_path: Path) -> None:
+    log = CsvLog(tmp_path / "metrics.csv")
+    for step in (1, 2, 3):
+        log.log_metrics({"train/loss": 1.0, "comm/up_bytes": 8, "val/accuracy": 0.5, "test/accuracy": 0.5}, step)
+    log.log_metrics({"client/accuracy_min": 0.1, "task": 0}, 3)
+    for step, keep, tests in ((3, True, 3), (2, True, 2), (2, False, 0)):
+        log.rewind(step, 0, keep_tests=keep)
+        names = [line.split(",")[2] for line in log.path.read_text().splitlines()[1:]]
+        assert names.count("test/accuracy") == tests
+        assert names.count("val/accuracy") == names.count("comm/up_bytes") == step
+        assert "client/accuracy_min" not in names, "clients are measured at the end, again"
+        assert "task" not in names
+
+
 def test_wandb_mode_never_prompts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
@@ -82,11 +96,14 @@ with Run.start("toy", config, name="w", method="mlp", data={"name": "toy", "fing
     run.finish({"test/accuracy": 0.5})
 print(run.sync_command)
 print(run.folder)
+with Run.start("fed", config, name="r", step_name="round") as run:
+    run.log({"train/loss": 1.0, "comm/up_bytes": 8.0}, 1, 0)
+print(run.sync_command)
 """
 
 
 @pytest.fixture(scope="module")
-def offline_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+def offline_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, str]:
     folder = tmp_path_factory.mktemp("wandb")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
     environment |= {"HOME": str(folder), "NETRC": str(folder / "none"), "OMP_NUM_THREADS": "1"}
@@ -96,11 +113,11 @@ def offline_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    command, path = done.stdout.strip().splitlines()[-2:]
-    return command, Path(path)
+    command, path, rounds = done.stdout.strip().splitlines()[-3:]
+    return command, Path(path), rounds
 
 
 def records(path: Path) -> Iterator[bytes]:
@@ -140,8 +157,8 @@ def read_offline(folder: Path) -> tuple[dict, list[dict], list[dict]]:
     return config, history, metrics
 
 
-def test_offline_wandb_run_has_config_metrics_axes_and_table(offline_run: tuple[str, Path]) -> None:
-    command, folder = offline_run
+def test_offline_wandb_run_has_config_metrics_axes_and_table(offline_run: tuple[str, Path, str]) -> None:
+    command, folder, _ = offline_run
     assert command.startswith("wandb sync ")
     wandb_folder = Path(command.removeprefix("wandb sync "))
     assert wandb_folder.is_relative_to(folder / "wandb")
@@ -160,8 +177,18 @@ def test_offline_wandb_run_has_config_metrics_axes_and_table(offline_run: tuple[
     assert json.loads(stored.read_text())["data"][1] == ["ä", "漢"]
 
 
-def test_run_folder_of_the_offline_run(offline_run: tuple[str, Path]) -> None:
-    _, folder = offline_run
+def test_a_run_that_counts_rounds_has_them_on_every_axis(offline_run: tuple[str, Path, str]) -> None:
+    _, history, metrics = read_offline(Path(offline_run[2].removeprefix("wandb sync ")))
+    (row,) = [row for row in history if "train/loss" in row]
+    assert row["round"] == 1
+    assert "step" not in row
+    axes = {metric["glob"]: metric["step"] for metric in metrics if metric["glob"]}
+    assert axes.keys() >= {"train/*", "val/*", "test/*", "comm/*", "perf/*", "client/*"}
+    assert set(axes.values()) == {"round"}
+
+
+def test_run_folder_of_the_offline_run(offline_run: tuple[str, Path, str]) -> None:
+    _, folder, _ = offline_run
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["status"] == "finished"
     assert manifest["metrics"] == {"test/accuracy": 0.5}

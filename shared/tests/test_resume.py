@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,11 @@ def test_damaged_checkpoint_falls_back_and_says_so(toy_run, whole: Path) -> None
     assert "damaged" in error
     assert "going on from previous.ckpt" in error
     same(whole, folder)
+    last.write_bytes(content)
+    previous = (folder / "checkpoints" / "previous.ckpt").read_bytes()
+    code, _, error = toy_run(*resume(folder), "--kill_in_write", 1, out="bad")
+    assert code == -signal.SIGKILL
+    assert last.read_bytes() == previous, "the damaged file never becomes the previous one"
     for name in ("last", "previous"):
         (folder / "checkpoints" / f"{name}.ckpt").write_bytes(b"nothing")
     code, _, error = toy_run(*resume(folder), out="bad")

@@ -34,6 +34,7 @@ X_AXES = {
     "perf/*": "step",
     "comm/*": "round",
     "client/*": "round",
+    "landscape/*": "round",
     "privacy/*": "round",
 }
 """Metric name pattern -> name of its x-axis; ``step`` is replaced by what a run calls its steps."""
@@ -82,14 +83,15 @@ class CsvLog(Logger):
 
         Args:
             step: rows after this step go.
-            tested: step at which the present stage began: later ``test/`` and ``client/`` rows are of this stage and
-                go too, with the values of their own axis (names without a slash, such as ``task``).
+            tested: step at which the present stage began: later ``test/``, ``client/`` and ``landscape/`` rows are of
+                this stage and go too, with the values of their own axis (names without a slash, such as ``task``).
             keep_tests: ``test/`` rows were written by validations, so that those up to ``step`` stay.
         """
         kept = [HEADER]
         for row in _rows(self.path):
             at, name = int(row[0]), row[2]
-            at_the_end = name.startswith("client/") or "/" not in name or (name.startswith("test/") and not keep_tests)
+            at_the_end = "/" not in name or name.startswith(("client/", "landscape/"))
+            at_the_end = at_the_end or (name.startswith("test/") and not keep_tests)
             if at <= (min(step, tested) if at_the_end else step):
                 kept.append(row)
         text = io.StringIO()

@@ -221,7 +221,7 @@ class FederatedModule(TaskModule):
 
     # ------------------------------------------------------------------ checkpoints
 
-    def state_dict(self, *arguments: Any, **options: Any) -> dict[str, Any]:
+    def state_dict(self, *arguments: Any, **options: Any) -> dict[str, Any]:  # type: ignore[override]  # has overloads
         """The weights that are evaluated."""
         _ = self.simulation.model  # gives the module its own copy of them
         return super().state_dict(*arguments, **options)
