@@ -9,6 +9,7 @@ import pytest
 import torch
 from fedcore import Simulation
 from fedcore.algorithms import create
+from fedcore.ops import matrices
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -128,6 +129,16 @@ def slope_of(start):
     return np.linspace(*SLOPES, sum(t.size for t in start))
 
 
+@pytest.fixture(params=[matrices.FEW, 0], ids=["few spans", "bridged"])
+def spans(request, monkeypatch):
+    """Momentum as it travels, and as models of many tensors have it at work: long segments with gaps."""
+    monkeypatch.setattr(matrices, "FEW", request.param)
+    monkeypatch.setattr(matrices, "SWALLOWED", 1.0)
+    matrices._layout.cache_clear()
+    yield
+    matrices._layout.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("name", "options", "further"),
     [
@@ -137,7 +148,7 @@ def slope_of(start):
     ],
     ids=str,
 )
-def test_tensors_of_every_shape(name, options, further):
+def test_tensors_of_every_shape(name, options, further, spans):
     rng = np.random.default_rng(3)
     start = [rng.normal(size=shape) for shape in SHAPES]
     size = sum(t.size for t in start)

@@ -10,6 +10,7 @@ from fedcore import Simulation
 from fedcore.algorithm import Client, Context, Local, Step
 from fedcore.algorithms import create
 from fedcore.algorithms.fedmuon import FedMuon
+from fedcore.ops import matrices
 from fedcore.spec import ParamSpec
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -44,6 +45,16 @@ def flats(sim, rounds=4):
         sim.round()
         found.append(sim.flat.clone())
     return found
+
+
+@pytest.fixture(params=[matrices.FEW, 0], ids=["few spans", "bridged"])
+def spans(request, monkeypatch):
+    """Momentum as it travels, and as models of many tensors have it at work: long segments with gaps."""
+    monkeypatch.setattr(matrices, "FEW", request.param)
+    monkeypatch.setattr(matrices, "SWALLOWED", 1.0)
+    matrices._layout.cache_clear()
+    yield
+    matrices._layout.cache_clear()
 
 
 class Fixed:
@@ -206,7 +217,7 @@ def test_the_divisor_is_the_base_rate_and_the_mean_of_steps():
     ids=str,
 )
 @pytest.mark.parametrize("aggregate", [True, False])
-def test_clients_together_are_clients_one_by_one(options, aggregate):
+def test_clients_together_are_clients_one_by_one(options, aggregate, spans):
     spec, params, server, grads = world(5, (4,))
     algorithm = create("fedmuon", aggregate_momentum=aggregate, clip_grad=3.0, **options).bind(spec)
     server = {name: server[name] for name in algorithm.server_init(params)}
@@ -224,7 +235,7 @@ def test_clients_together_are_clients_one_by_one(options, aggregate):
 @pytest.mark.parametrize("aggregate", [True, False])
 @pytest.mark.parametrize("lead", [(), (2,)])
 @pytest.mark.parametrize("name", ["0.weight", "0.bias", "2.weight", "2.bias"])
-def test_tensors_without_gradient_keep_their_momentum_and_only_align(name, lead, aggregate):
+def test_tensors_without_gradient_keep_their_momentum_and_only_align(name, lead, aggregate, spans):
     spec, params, server, grads = world(6, lead)
     algorithm = create("fedmuon", weight_decay=0.5, clip_grad=0.0, aggregate_momentum=aggregate).bind(spec)
     server = {key: server[key] for key in algorithm.server_init(params)}
@@ -337,7 +348,7 @@ def test_one_step_of_torchs_muon(shape, nesterov):
 
 
 @pytest.mark.parametrize("orth", ["quintic", "polar_express", "svd"])
-def test_momentum_is_not_normalised_in_place(orth):
+def test_momentum_is_not_normalised_in_place(orth, spans):
     # Without Nesterov the direction is the momentum itself; dividing it in place would overwrite it.
     spec, params, server, grads = world(7, steps=1)
     algorithm = create("fedmuon", nesterov=False, orth=orth, clip_grad=0.0).bind(spec)

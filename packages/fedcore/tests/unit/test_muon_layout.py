@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from fedcore.ops import matrices
 from fedcore.ops.matrices import add_product_, gather, matrix_layout, pieces, scatter_
 from fedcore.spec import ParamInfo, ParamSpec
 from torch import nn
@@ -107,9 +108,9 @@ def test_all_matrices_of_a_shape_in_one_call(lead):
     layout, calls = matrix_layout(spec), []
     flat = torch.randn(*lead, spec.numel)
 
-    def double(matrices):
-        calls.append(tuple(matrices.shape))
-        return 2 * torch.eye(matrices.shape[-2]).expand(*matrices.shape[:-1], matrices.shape[-2]), matrices
+    def double(stack):
+        calls.append(tuple(stack.shape))
+        return 2 * torch.eye(stack.shape[-2]).expand(*stack.shape[:-1], stack.shape[-2]), stack
 
     for matrix, left, right in layout.factors(flat, double):
         part = matrix.info.view(flat)
@@ -135,8 +136,11 @@ def test_products_are_added_to_tensors_in_place(lead, dtype):
     assert torch.equal(flat[..., -5:], before[..., -5:])
 
 
-def test_small_gaps_are_bridged_and_large_ones_are_not():
+def test_small_gaps_are_bridged_and_large_ones_are_not(monkeypatch):
     spec = spec_of((10, 10), (10,), (10, 10), (200,), (10, 10), (9, 10), (11,))
+    assert matrix_layout(spec).segments == matrix_layout(spec).matrices  # these are few
+    monkeypatch.setattr(matrices, "FEW", 2)
+    matrices._layout.cache_clear()
     layout = matrix_layout(spec)
     assert layout.matrices == ((0, 100), (110, 210), (410, 600))
     assert layout.rest == ((100, 110), (210, 410), (600, 611))
@@ -146,6 +150,7 @@ def test_small_gaps_are_bridged_and_large_ones_are_not():
     assert layout.gaps == ((100, 110),)
     work = torch.arange(800.0).view(2, 400)
     assert layout.to_wire(work)[1].tolist() == [*range(400, 500), *range(510, 800)]
+    matrices._layout.cache_clear()
 
 
 def test_without_gaps_nothing_is_copied():

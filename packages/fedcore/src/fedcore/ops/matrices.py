@@ -44,6 +44,8 @@ HIDDEN = ("linear", "conv", "query", "key", "value", "qkv", "lora_a", "lora_b")
 """Kinds of hidden layers. The first layer of a transformer for images is a convolution by type but an embedding."""
 SWALLOWED = 1 / 16
 """A gap between two tensors of class M is bridged where it is shorter than this share of what it joins."""
+FEW = 8
+"""Up to so many spans, one operation a span costs less than a copy of the momentum in and out of long segments."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,9 @@ def _matrix(info: ParamInfo) -> Matrix:
 
 
 def _bridged(spans: tuple[Span, ...]) -> tuple[Span, ...]:
-    """Spans with the small gaps between them closed."""
+    """Spans with the small gaps between them closed; a few spans stay as they are, which saves a copy a client."""
+    if len(spans) <= FEW:
+        return spans
     found: list[Span] = []
     for start, stop in spans:
         if found and start - found[-1][1] <= SWALLOWED * (found[-1][1] - found[-1][0] + stop - start):
