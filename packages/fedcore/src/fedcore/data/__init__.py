@@ -27,6 +27,8 @@ READERS: dict[str, str] = {
     "glue:wnli": "fedcore.data.glue.WNLI",
     "glue:mnli": "fedcore.data.glue.MNLI",
     "glue:stsb": "fedcore.data.glue.STSB",
+    "npz": "fedcore.data.npz.Npz",
+    "csv": "fedcore.data.table.Table",
 }
 
 

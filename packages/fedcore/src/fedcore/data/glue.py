@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Literal
 from polymodal.errors import UserError
 
 from fedcore.data.array_type import ArrayData
-from fedcore.data.glue_files import pick, read_table
 from fedcore.data.glue_tasks import TASKS, GlueTask
+from fedcore.data.table_files import pick, read_table
 from fedcore.data.text import TextData
 
 __all__ = ["MNLI", "MRPC", "QNLI", "QQP", "RTE", "SST2", "STSB", "WNLI", "CoLA", "Glue"]

@@ -99,8 +99,8 @@ def hf_model(
         known = int(getattr(model.config, "vocab_size", 0))
         if vocabulary - 1 > known:
             raise UserError(
-                f"hf:{folder} knows {known} token ids, the data has {vocabulary - 1}; give its tokenizer: --data.tokenizer"
-                f" {folder}"
+                f"hf:{folder} knows {known} token ids, the data has {vocabulary - 1}; give its tokenizer:"
+                f" --data.tokenizer {folder}"
             )
         adapter = HFText(model, *_special(transformers, model.config, folder))
     _try(adapter, folder, input_shape)

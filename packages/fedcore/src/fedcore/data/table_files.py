@@ -1,4 +1,4 @@
-"""Rows of GLUE files: the official TSV, and CSV or JSON with a column for each part."""
+"""Rows of text files by column: TSV without quoting, as GLUE has it, CSV, and JSON with one object a row."""
 
 from __future__ import annotations
 
