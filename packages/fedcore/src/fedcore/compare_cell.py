@@ -35,9 +35,13 @@ class CellRunner:
 
     Args:
         config: the comparison.
+
+    Raises:
+        UserError: a device that is not there.
     """
 
     def __init__(self, config: CompareConfig) -> None:
+        _check_device(config.device)
         self.config = config
         self.fingerprint: str = config.data.fingerprint()
         self._world: tuple[int, World] | None = None
@@ -111,8 +115,9 @@ class CellRunner:
         from fedcore.world import make_model
 
         config, world = self.config, self.world(cell.seed)
+        model = make_model(config.model, world, seed=cell.seed, vocabulary=config.data.vocabulary)
         return Simulation(
-            make_model(config.model, world, seed=cell.seed, vocabulary=config.data.vocabulary),
+            model.to(config.device),
             world.clients,
             create(cell.method.algorithm, **cell.options),
             loss=world.loss,
@@ -122,7 +127,7 @@ class CellRunner:
             fraction=config.fraction,
             seed=cell.seed,
             rounds=config.rounds,
-            engine="serial",
+            engine=config.engine,
             weighting=config.weighting,
         )
 
@@ -140,6 +145,14 @@ class CellRunner:
             "landscape/hessian_residual": found.residual,
             "landscape/sharpness": rise.mean,
         }
+
+
+def _check_device(name: str) -> None:
+    import torch
+
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there[name]:
+        raise UserError(f"device={name}: torch finds no such device here; use cpu")
 
 
 def _final(rows: list[dict[str, Any]]) -> dict[str, float]:

@@ -111,7 +111,6 @@ def to_table(config: CompareConfig, rows: Sequence[Picked]) -> str:
     columns += [
         ("MiB up", lambda row: _summary(_finals(row, "comm/up_bytes_total", 1 / MIB), spread=False)),
         ("MiB down", lambda row: _summary(_finals(row, "comm/down_bytes_total", 1 / MIB), spread=False)),
-        ("seconds", lambda row: _summary({s: r["seconds"] for s, r in row.records.items()}, digits=1, spread=False)),
     ]
     if config.landscape:
         columns.append(("largest Hessian eigenvalue", lambda row: _summary(_finals(row, "landscape/hessian"))))

@@ -110,6 +110,10 @@ class CompareConfig:
     """rounds between evaluations"""
     weighting: Literal["uniform", "samples"] = "uniform"
     """how clients are averaged"""
+    engine: Literal["serial", "pool", "batched"] = "serial"
+    """how the clients of a cell are computed; jobs use more cores than a pool"""
+    device: Literal["cpu", "cuda", "mps"] = "cpu"
+    """where to compute"""
     results: Path | None = None
     """folder of the cells, table and curves (default: results/NAME beside the --config file, or runs/fedcore/NAME)"""
     jobs: int = 1
@@ -185,6 +189,9 @@ class CompareConfig:
         if self.partition.file is not None:
             content = self.partition.file.read_bytes() if self.partition.file.is_file() else b""
             partition = {"file": hashlib.sha256(content).hexdigest()[:16]}
+        # Serial and pool have the same bits.
+        other: dict[str, Any] = {"engine": self.engine} if self.engine == "batched" else {}
+        other |= {"device": self.device} if self.device != "cpu" else {}
         return {
             "schema_version": SCHEMA_VERSION,
             "data": {"name": self.data.name, "fingerprint": fingerprint},
@@ -195,6 +202,7 @@ class CompareConfig:
             "algorithm": cell.method.algorithm,
             "options": to_dict(dataclasses.asdict(algorithm)),
             "seed": cell.seed,
+            **other,
         }
 
 

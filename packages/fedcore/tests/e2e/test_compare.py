@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+import torch
 import yaml
 from fedcore import compare as compare_command
 
@@ -104,6 +105,17 @@ def test_jobs_give_the_same_cells(fed_compare, tmp_path):
         assert record["rounds"]["loss"] == together[name]["rounds"]["loss"]
 
 
+def test_other_engines_agree_and_only_other_bits_are_other_cells(fed_compare, tmp_path):
+    fed_compare(methods={"fedavg": {"lr": 0.3}}, seeds=[0])
+    _, out, _ = fed_compare("--engine=pool", "--dry_run=true", methods={"fedavg": {"lr": 0.3}}, seeds=[0])
+    assert out == "nothing left to run\n"
+    code, _, err = fed_compare("--engine=batched", "--results=batched", methods={"fedavg": {"lr": 0.3}}, seeds=[0])
+    assert code == 0, err
+    (serial,), (batched,) = (list(cells(tmp_path / f).values()) for f in ("results/small", "batched"))
+    assert serial["settings_hash"] != batched["settings_hash"]
+    assert serial["rounds"]["loss"] == pytest.approx(batched["rounds"]["loss"], rel=1e-4)
+
+
 def test_picking_on_the_test_split_warns_everywhere(fed_compare, tmp_path):
     code, out, err = fed_compare("--pick", "test")
     assert code == 0
@@ -156,6 +168,11 @@ def test_landscape_is_measured_where_asked(fed_compare, tmp_path):
         ({"model": {"name": "mpl"}}, "unknown model 'mpl'"),
         ({"partition": {"scheme": "column"}}, "no natural clients"),
         ({"no_such_key": 1}, "no_such_key"),
+        pytest.param(
+            {"device": "mps"},
+            "device=mps",
+            marks=pytest.mark.skipif(torch.backends.mps.is_available(), reason="the device is there"),
+        ),
     ],
 )
 def test_bad_input_is_one_line(fed_compare, settings, said):
