@@ -114,6 +114,7 @@ class Job:
 
         from fedcore.module import FederatedModule, RoundsData, rounds_trainer
         from fedcore.progress import NoteEngine, RoundProgress
+        from fedcore.simulation import RoundError
 
         config, federation = self.config, self.config.federation
         module = FederatedModule(
@@ -131,6 +132,8 @@ class Job:
         options: dict[str, Any] = {"monitor": self.monitor, "mode": "min" if self.monitor == "val/loss" else "max"}
         try:
             trainer = fit(module, RoundsData(), trainer_config, run, [progress, NoteEngine(run)], **options)
+        except RoundError as error:
+            raise RoundError(f"{error}; the last checkpoint stands: --resume {run.folder}") from error
         finally:
             progress.close()
             self.simulation.close()

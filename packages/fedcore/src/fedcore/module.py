@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from fedcore.state_shards import StateShards
 
 __all__ = ["FederatedModule", "RoundOptimizer", "RoundsData", "rounds_trainer"]
 
+log = logging.getLogger(__name__)
 KEY = "fedcore"
 """entry of a checkpoint"""
 SCHEMA_VERSION = 1
@@ -263,6 +265,8 @@ class FederatedModule(TaskModule):
             raise UserError(f"checkpoint of schema version {entry['schema_version']}; update polymodal-fedcore")
         simulation, saved = self.simulation, entry["simulation"]
         _refuse_other_engine(simulation.engine, saved["engine"])
+        if entry["threads"] != torch.get_num_threads():
+            log.warning("begun with --threads %d; sums of large models may differ in their last bits", entry["threads"])
         simulation.load_state_dict(saved)
         self.totals, self.tested_step = dict(entry["totals"]), entry["tested_step"]
         if self._shards is not None:
