@@ -26,24 +26,46 @@ __all__ = ["compare", "main"]
 PROG = "fed-compare"
 EXAMPLE = """
 fed-compare                                                  # three methods on digits
-fed-compare --algorithms '[fedavg, fedmuon]' --rates '[0.01, 0.03]' --seeds '[0, 1, 2]' --jobs 2
+fed-compare --algorithms fedavg fedswa --rates 0.1 0.2 --seeds 0 1 2 --jobs 2
 fed-compare --config packages/fedcore/experiments/fedswa_e10.yaml
 """
 log = logging.getLogger(__name__)
 
 
+LISTS = ("--algorithms", "--rates", "--seeds")
+ALIASES = {"model": "model.name", "clients": "partition.clients", "alpha": "partition.alpha"}
+
+
 def main() -> int:
     """Entry point; returns the exit code."""
-    argv = sys.argv[1:]
+    argv = _join_lists(sys.argv[1:])
     return command(
         partial(compare, beside=_config_folder(argv)),
         CompareConfig,
         prog=PROG,
         example=EXAMPLE,
         choices={"data": READERS},
+        aliases=ALIASES,
         list_methods=_list_methods,
         argv=argv,
     )
+
+
+def _join_lists(argv: Sequence[str]) -> list[str]:
+    """``--seeds 0 1 2``, ``--seeds 0,1,2`` and ``--seeds=[0, 1, 2]`` are the same."""
+    joined: list[str] = []
+    waiting = list(argv)
+    while waiting:
+        name, eq, value = waiting.pop(0).partition("=")
+        if name not in LISTS:
+            joined.append(name + eq + value)
+            continue
+        words = [value] if eq else []
+        while not eq and waiting and not waiting[0].startswith("--"):
+            words.append(waiting.pop(0))
+        whole = not words or words[0].startswith("[")
+        joined.append(f"{name}={' '.join(words)}" if whole else f"{name}=[{', '.join(words)}]")
+    return joined
 
 
 def _config_folder(argv: Sequence[str]) -> Path | None:

@@ -184,6 +184,15 @@ def test_bad_input_is_one_line(fed_compare, settings, said):
     assert not out
 
 
+@pytest.mark.parametrize(
+    "seeds", [["--seeds", "3", "4"], ["--seeds=3,4"], ["--seeds", "[3,", "4]"], ["--seeds=[3, 4]"]]
+)
+def test_lists_are_taken_as_one_types_them(fed_compare, seeds):
+    code, out, err = fed_compare("--dry_run=true", *seeds, "--algorithms", "fedavg", "--rates", "0.5", methods={})
+    assert code == 0, err
+    assert out.splitlines() == ["would run fedavg-lr0.5-seed3", "would run fedavg-lr0.5-seed4"]
+
+
 def test_methods_are_listed_and_help_is_short(fed_compare):
     code, out, _ = fed_compare("--list-methods")
     assert code == 0
