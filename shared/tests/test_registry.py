@@ -118,3 +118,31 @@ def test_listing_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
+
+
+def test_fields_that_a_dataclass_inherits_from_another_module_have_types(monkeypatch):
+    base = """from __future__ import annotations
+from dataclasses import dataclass
+Mode = str
+
+@dataclass
+class Base:
+    mode: Mode = "a"
+    rate: float = 1.0
+"""
+    derived = """from __future__ import annotations
+from dataclasses import dataclass
+from polymodal_test_base import Base
+
+@dataclass
+class Derived(Base):
+    most: int = 1
+"""
+    for name, source in (("polymodal_test_base", base), ("polymodal_test_derived", derived)):
+        module = type(sys)(name)
+        monkeypatch.setitem(sys.modules, name, module)
+        exec(source, module.__dict__)
+    table = Registry("method", [row("derived", "polymodal_test_derived:Derived")])
+    assert table.create("derived", rate=2, most=3).rate == 2
+    with pytest.raises(UserError, match="option rate='high'; expected a number"):
+        table.create("derived", rate="high")

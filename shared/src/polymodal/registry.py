@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import re
@@ -115,7 +116,8 @@ class Registry:
             hint = did_you_mean(unknown[0], accepted)
             raise UserError(f"{self.kind} {name!r} has no option {unknown[0]!r}; {hint}known: {', '.join(accepted)}")
         try:
-            hints = get_type_hints(cls.__init__)
+            # A dataclass inherits fields whose annotations are names of its bases' modules.
+            hints = get_type_hints(cls if dataclasses.is_dataclass(cls) else cls.__init__)
         except NameError:  # names that only a type checker imports
             hints = {}
         for key, value in config.items():
