@@ -46,7 +46,7 @@ class Table(TextData):
     split_seed: int = 0
 
     name: ClassVar[str] = "csv"
-    remedy: ClassVar[str] = "give a .csv, .tsv, .json or .jsonl file with a header (--data.root FILE)"
+    remedy: ClassVar[str] = "give a .csv, .tsv, .json or .jsonl file with a header"
 
     def __post_init__(self) -> None:
         super().__post_init__()

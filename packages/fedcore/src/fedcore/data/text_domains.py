@@ -32,7 +32,7 @@ class TextDomains(TextData):
 
     ``<root>/[hutto_ICWSM_2014/]*_GroundTruth.txt`` (id, score, text by tabs), the archive ``hutto_ICWSM_2014.tar.gz``
     or the folder that holds it, as in the source archive of vaderSentiment. Texts with a score of exactly 0 are left
-    out. The domain is the natural client of each text (``--partition by_column``). Sentences of one document, whose
+    out. The domain is the natural client of each text (``--partition.scheme column``). Sentences of one document, whose
     ids are ``DOCUMENT_SENTENCE``, are all in one split.
 
     Args:
