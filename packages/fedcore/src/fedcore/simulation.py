@@ -331,13 +331,12 @@ class Simulation:
         self.close()
 
     def _check_data(self) -> None:
-        """One forward pass on the first client that has data, so that wrong shapes end here."""
+        """One gradient on data of the first client that has any, so that wrong shapes end here."""
         found = next((data for data in self.federation.data if len(data)), None)
         if found is None:
             raise UserError("no client has any data")
         try:
-            with torch.no_grad():
-                self.learner.check(found.batch(torch.arange(min(2, len(found))), None))
+            self.learner.check(found.batch(torch.arange(min(2, len(found))), None))
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
             text = " ".join(str(error).split())[:200]
             raise UserError(f"the model or loss does not take the clients' data: {text}") from error

@@ -43,6 +43,10 @@ class Task:
         """Metrics over a whole data set; called in eval mode without gradient."""
         raise NotImplementedError
 
+    def output_loss(self) -> Callable[[Tensor, Any], Tensor] | None:
+        """``(outputs, targets) -> mean loss``, where the loss of a batch ``(inputs, targets)`` is that and no more."""
+        return None
+
     def sample_losses(self) -> Callable[[Tensor, Any], Tensor] | None:
         """``(outputs, targets) -> loss of each sample``, where the mean loss is a mean over samples."""
         return None
@@ -65,8 +69,14 @@ class PlainTask(Task):
         """Mean loss of a batch."""
         return self._loss(self.module(batch[0]), batch[1])
 
+    def output_loss(self) -> Callable[[Tensor, Any], Tensor] | None:
+        """The loss itself."""
+        return self._loss if type(self).loss is PlainTask.loss else None
+
     def sample_losses(self) -> Callable[[Tensor, Any], Tensor] | None:
         """The loss with ``reduction="none"``, where it has that."""
+        if self.output_loss() is None:
+            return None
         try:
             known = "reduction" in inspect.signature(self._loss).parameters
         except (TypeError, ValueError):  # a callable without a readable signature

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fedcore.engines.stacked_data import CannotStackError, StackedData
 from fedcore.engines.stacked_gradients import StackedBatch, StackedGradient, stacked_gradient
-from fedcore.tasks import PlainTask
 
 if TYPE_CHECKING:
     from fedcore.engines.base import Federation
@@ -33,7 +32,7 @@ def checked_gradient(federation: Federation) -> StackedGradient:
         raise CannotStackError("models of the clients differ in rank")
     (learner,) = federation.learners.values()
     task = learner.task
-    losses = task.sample_losses() if type(task).loss is PlainTask.loss else None
+    losses = task.sample_losses()
     if losses is None:
         raise CannotStackError(f"{type(task.module).__name__} and its loss give no loss of single samples")
     for data in federation.data:
@@ -68,6 +67,8 @@ def _compare(learner: Learner, gradient: StackedGradient, batch: StackedBatch) -
         expected, loss = learner(start, (batch.inputs[0], batch.targets[0]), rng=0)
     except ERRORS as error:
         raise CannotStackError(f"the model fails on a first batch: {_line(error)}") from error
+    if not learner.loss_is_pure((batch.inputs[0], batch.targets[0])):
+        raise CannotStackError("the loss reads more than outputs and targets")
     gradient.missing = learner.missing
     changed = [name for name, value in learner.buffers.items() if not torch.equal(value, before[name])]
     learner.load_buffers(before)
