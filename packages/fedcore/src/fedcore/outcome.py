@@ -89,8 +89,15 @@ class Outcome:
         """Metrics of the global model on each client's own training samples."""
         rows = []
         for client, data in enumerate(self.module.simulation.federation.data):
-            if len(data):
-                rows.append({"client": client, "samples": len(data), **self.module.measure(data)})
+            if not len(data):
+                continue
+            try:
+                measured = self.module.measure(data)
+            except Exception as error:  # whatever a client's data raises: it has dropped the client in training too
+                what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                log.warning("client %d is left out of the metrics by client: %s", client, what)
+                continue
+            rows.append({"client": client, "samples": len(data), **measured})
         columns = list(dict.fromkeys(key for row in rows for key in row))
         self.run.log_table("client/metrics", columns, [[row.get(key) for key in columns] for row in rows])
         return rows
