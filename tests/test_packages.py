@@ -21,7 +21,7 @@ NAMES = {
     "packages/css": ("polymodal-css", "css"),
     "packages/missing_modal": ("polymodal-missing-modal", "missing_modal"),
 }
-HERE = {"shared", "packages/slt", "packages/css"}
+HERE = {"shared", "packages/slt", "packages/css", "packages/fedcore"}
 
 
 @pytest.mark.parametrize("folder", NAMES)
@@ -86,7 +86,8 @@ def test_ssaw_has_the_promised_submodules() -> None:
     assert module.type_embedding.shape == (2, 8)
 
 
-CONFIGS = {"slt": "slt.settings:SLTConfig", "css": "css.settings:CSSConfig"}
+TRAIN = {"fedcore": "fed"}
+CONFIGS = {"slt": "slt.settings:SLTConfig", "css": "css.settings:CSSConfig", "fedcore": "fedcore.settings:FedConfig"}
 
 
 @pytest.mark.parametrize(("package", "preset"), [(p, name) for p in CONFIGS for name in cli.preset_names(p)])
@@ -95,7 +96,7 @@ def test_presets_parse_round_trip_and_name_their_command(package: str, preset: s
     config_class = getattr(importlib.import_module(module), name)
     readers = {"data": importlib.import_module(f"{package}.data").READERS}
     text = (importlib.resources.files(package) / "configs" / f"{preset}.yaml").read_text()
-    assert text.startswith(f"# {package}-train")
+    assert text.startswith(f"# {TRAIN.get(package, package)}-train")
     assert "# Data" in text
     config = cli.parse_config(config_class, ["--config", preset], presets=package, choices=readers)
     (tmp_path / "config.yaml").write_text(to_yaml(config))

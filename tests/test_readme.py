@@ -21,8 +21,9 @@ FILES += [str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("packages/*/README.
 BLOCK = re.compile(r"^```(\w+)( no-run)?\n(.*?)^```", re.M | re.S)
 SLT = ("slt-train", "slt-eval", "slt-translate", "slt-data")
 CSS = ("css-train", "css-eval", "css-predict", "css-data")
-PROGRAMS = (*SLT, *CSS, "polymodal")
-SHORT = ("--fusion", "--epochs", "--model", "--help")
+FED = ("fed-train", "fed-compare", "fed-data", "fed-landscape")
+PROGRAMS = (*SLT, *CSS, *FED, "polymodal")
+SHORT = ("--fusion", "--epochs", "--model", "--rounds", "--lr", "--clients", "--alpha", "--help")
 
 
 def blocks() -> list[tuple[str, str, bool, str]]:
@@ -80,13 +81,17 @@ def test_command_snippets_run(tmp_path: Path) -> None:
     wanted = [words for words in wanted if words[1:] or not words[0].endswith("-train")]
     # Training first, so that the reports find runs; each different command once.
     unique = sorted({tuple(words) for words in wanted}, key=lambda words: not words[0].endswith("-train"))
-    assert {("slt-train", "--config", "smoke"), ("css-train", "--config", "smoke")} <= set(unique)
+    assert {
+        ("slt-train", "--config", "smoke"),
+        ("css-train", "--config", "smoke"),
+        ("fed-train", "--config", "smoke"),
+    } <= set(unique)
     for words in unique:
         call(list(words), tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", ["slt-train", "css-train"])
+@pytest.mark.parametrize("program", ["slt-train", "css-train", "fed-train"])
 def test_default_run(program: str, tmp_path: Path) -> None:
     call([program], tmp_path, timeout=900)
 
@@ -98,8 +103,8 @@ def test_options_of_other_commands_exist() -> None:
         for words in commands(text) if language == "bash" else []:
             program = words[0]
             # Commands of commands: their names come before the first option.
-            deep = 2 if words[1:2] == ["memory"] else 1
-            group = words[1 : 1 + deep] if program in ("slt-data", "css-data", "polymodal") else []
+            deep = 2 if words[1:2] in (["memory"], ["partition"]) else 1
+            group = words[1 : 1 + deep] if program in ("slt-data", "css-data", "fed-data", "polymodal") else []
             tail = ["--help"] if program == "polymodal" else ["--help", "all"]
             key = " ".join([program, *group])
             if key not in helps:
