@@ -86,12 +86,20 @@ class ArrayData(Dataset[tuple[Tensor, Tensor]]):
 
     def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """The samples at ``indices`` (B,); without a generator nothing is augmented."""
-        if self._index is not None:
-            indices = self._index[indices]
-        inputs = self._inputs[indices]
+        rows = self.rows(indices).to(self._inputs.device)
+        inputs = self._inputs.index_select(0, rows)
         if generator is not None and self.augment is not None:
             inputs = self.augment(inputs, generator)
-        return self._prepared(inputs), self._targets[indices]
+        return self._prepared(inputs), self._targets.index_select(0, rows)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor] | None:
+        """The tensors that batches are rows of, where nothing is done to these; ``rows`` says which rows."""
+        return (self._inputs, self._targets) if self.augment is None and self.transform is None else None
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Rows of the stored tensors that ``indices`` (B,) of this subset mean."""
+        return indices if self._index is None else self._index[indices]
 
     def subset(self, indices: Tensor | np.ndarray | Sequence[int], *, augment: bool = True) -> ArrayData:
         """The samples at ``indices`` (repeats allowed), sharing memory; ``augment=False`` leaves augmentation out."""

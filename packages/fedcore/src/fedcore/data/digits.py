@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import gzip
+import importlib.util
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 from polymodal.errors import UserError
 from polymodal.seeding import numpy_rng
 
 from fedcore.data.array_type import ArrayData
 from fedcore.data.base import FedData
+
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = ["Digits"]
 
@@ -44,12 +50,31 @@ class Digits(FedData):
     def read_split(self, split: str) -> ArrayData:
         """(N, 1, 8, 8) float32 in 0..1."""
         import torch
-        from sklearn.datasets import load_digits
 
         from fedcore.data.arrays import ArrayData
 
-        digits = load_digits()
+        images, labels = _stored()
         order = numpy_rng(self.split_seed, "digits").permutation(_TOTAL)
         chosen = sorted(order[: self.test_samples] if split == "test" else order[self.test_samples :])
-        inputs = torch.from_numpy(digits.images[chosen]).float().div_(16).unsqueeze(1)
-        return ArrayData(inputs, torch.from_numpy(digits.target[chosen]).long())
+        inputs = torch.from_numpy(images[chosen]).float().div_(16).unsqueeze(1)
+        return ArrayData(inputs, torch.from_numpy(labels[chosen]).long())
+
+
+def _stored() -> tuple[np.ndarray, np.ndarray]:
+    """Pictures (1797, 8, 8), 0..16, and labels.
+
+    Read from the file itself where it is in its place: importing scikit-learn takes seconds.
+    """
+    import numpy as np
+
+    found = importlib.util.find_spec("sklearn")
+    for folder in (found and found.submodule_search_locations) or ():
+        path = Path(folder, "datasets", "data", "digits.csv.gz")
+        if path.is_file():
+            table = np.loadtxt(gzip.decompress(path.read_bytes()).decode().splitlines(), delimiter=",", dtype=np.int64)
+            if table.shape == (_TOTAL, 65):
+                return table[:, :64].reshape(-1, 8, 8), table[:, 64]
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return digits.images, digits.target

@@ -36,6 +36,7 @@ class Glue(TextData):
         ngrams: longest run of words that counts as one token.
         buckets: number of ids that words are hashed into.
         max_length: most words or tokens of a sample; 0: 128 for pairs, 64 for single texts.
+        trim: cut each batch to its longest text; false: batches of one width, for the batched engine.
         task: which of the nine; ``--data glue:sst2`` is short for ``--data glue --data.task sst2``.
     """
 

@@ -30,6 +30,7 @@ class Table(TextData):
         ngrams: for texts: longest run of words that counts as one token.
         buckets: for texts: number of ids that words are hashed into.
         max_length: for texts: most words; 0: 64.
+        trim: for texts: cut each batch to its longest text; false: batches of one width, for the batched engine.
         target: column with the class (any text; numbered in sorted order).
         text: column with the text; none: all other columns are numbers.
         client: column with the natural client of each row.

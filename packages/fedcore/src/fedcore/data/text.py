@@ -29,12 +29,15 @@ class TextData(FedData):
         ngrams: hashed words: longest run of words that counts as one token, 1..5.
         buckets: hashed words: number of ids they are hashed into.
         max_length: most words (or tokens, with a tokenizer) of a text; 0: 128 for pairs, 64 for single texts.
+        trim: cut each batch to its longest text; false: batches of one width, which clients need that are computed
+            together (federation.engine=batched).
     """
 
     tokenizer: Path | None = None
     ngrams: int = 2
     buckets: int = 16384
     max_length: int = 0
+    trim: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,7 +93,7 @@ class TextData(FedData):
             rows = [[number + 1 for number in ids] for ids in coded]
         values = torch.from_numpy(targets)
         values = values.float() if self.regression else values.long()
-        return ArrayData(padded(rows), values, transform=Trim(), **options)
+        return ArrayData(padded(rows), values, transform=Trim() if self.trim else None, **options)
 
     def _tokenizer(self) -> Any:
         known: dict[str, Any] = self.__dict__.setdefault("_tokenizers", {})

@@ -41,6 +41,7 @@ class TextDomains(TextData):
         ngrams: longest run of words that counts as one token.
         buckets: number of ids that words are hashed into.
         max_length: most words of a text; 0: 64.
+        trim: cut each batch to its longest text; false: batches of one width, for the batched engine.
         test_share: share of the documents of each domain that are for testing, 0..1.
         split_seed: which those are; the seed of a run does not change the data.
 

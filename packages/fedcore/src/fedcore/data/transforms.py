@@ -83,9 +83,9 @@ class Trim:
 
 def _resize_crop(pixels: Tensor, size: int) -> Tensor:
     height, width = pixels.shape[-2:]
-    scale = round(size * 256 / 224) / min(height, width)
-    shape = [max(size, round(height * scale)), max(size, round(width * scale))]
+    short, resized = min(height, width), round(size * 256 / 224)
+    shape = [resized * height // short, resized * width // short]  # rounded down, as torchvision does
     # Antialiased, as Pillow does; only shrinking needs it.
-    pixels = F.interpolate(pixels, size=shape, mode="bilinear", align_corners=False, antialias=scale < 1)
-    top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
+    pixels = F.interpolate(pixels, size=shape, mode="bilinear", align_corners=False, antialias=resized < short)
+    top, left = round((shape[0] - size) / 2), round((shape[1] - size) / 2)
     return pixels[..., top : top + size, left : left + size]
