@@ -22,7 +22,7 @@ class ServerSWA(Algorithm):
     belong to the last model, so use GroupNorm. Where the number of rounds is not known (``Simulation.round()`` without
     ``rounds``) all rounds are late ones.
 
-    Our reading of the server side of Caldarola et al. 2022: their rate also cycles in the averaged rounds. Not the
+    This is our reading of the server side of Caldarola et al. 2022: their rate also cycles in averaged rounds. Not the
     FedSWA of arXiv 2507.20016, which is ``fedswa``.
 
     Source: Caldarola et al. 2022, arXiv 2203.11834, section on SWA.
