@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from fedcore import Simulation
-from fedcore.algorithms import create
+from fedcore.algorithms import create, fedmuon
 from fedcore.ops import matrices
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -81,6 +81,15 @@ GRID = [
 
 @pytest.mark.parametrize(("case", "scenario"), GRID)
 def test_softmax_regression(case, scenario):
+    check_softmax(case, scenario, "serial")
+
+
+@pytest.mark.parametrize(("case", "scenario"), [("default", "clipped"), ("compressed", "by size"), ("local", "all")])
+def test_softmax_regression_of_clients_together(case, scenario):
+    check_softmax(case, scenario, "batched")
+
+
+def check_softmax(case, scenario, engine):
     name, options, further = CASES[case]
     base, shape = SCENARIOS[scenario]
     problem = softmax.make(seed=5)
@@ -103,7 +112,8 @@ def test_softmax_regression(case, scenario):
         wanted,
         lambda cohort: softmax.weights(problem, cohort, weighting),
     )
-    found, sim = run.trajectory(create(name, **base, **options), problem, **shape)
+    found, sim = run.trajectory(create(name, **base, **options), problem, **shape, engine=engine)
+    assert sim.engine == engine
     compare(found, sim, expected, [True, False], wanted, 1e-11)
 
 
@@ -131,8 +141,9 @@ def slope_of(start):
 
 @pytest.fixture(params=[matrices.FEW, 0], ids=["few spans", "bridged"])
 def spans(request, monkeypatch):
-    """Momentum as it travels, and as models of many tensors have it at work: long segments with gaps."""
-    monkeypatch.setattr(matrices, "FEW", request.param)
+    """Tensor by tensor, and as for models of many tensors: momentum in long segments with gaps, class A gathered."""
+    for module in (matrices, fedmuon):
+        monkeypatch.setattr(module, "FEW", request.param)
     monkeypatch.setattr(matrices, "SWALLOWED", 1.0)
     matrices._layout.cache_clear()
     yield

@@ -8,7 +8,7 @@ import pytest
 import torch
 from fedcore import Simulation
 from fedcore.algorithm import Client, Context, Local, Step
-from fedcore.algorithms import create
+from fedcore.algorithms import create, fedmuon
 from fedcore.algorithms.fedmuon import FedMuon
 from fedcore.ops import matrices
 from fedcore.spec import ParamSpec
@@ -49,8 +49,9 @@ def flats(sim, rounds=4):
 
 @pytest.fixture(params=[matrices.FEW, 0], ids=["few spans", "bridged"])
 def spans(request, monkeypatch):
-    """Momentum as it travels, and as models of many tensors have it at work: long segments with gaps."""
-    monkeypatch.setattr(matrices, "FEW", request.param)
+    """Tensor by tensor, and as for models of many tensors: momentum in long segments with gaps, class A gathered."""
+    for module in (matrices, fedmuon):
+        monkeypatch.setattr(module, "FEW", request.param)
     monkeypatch.setattr(matrices, "SWALLOWED", 1.0)
     matrices._layout.cache_clear()
     yield
@@ -377,11 +378,11 @@ def test_one_step_of_class_a_is_torchs_adamw():
 
 
 def test_defaults_are_the_specifications():
-    fedmuon, local_muon = create("fedmuon"), create("local_muon")
-    assert (fedmuon.gamma, fedmuon.beta, fedmuon.lr, fedmuon.mu_lr) == (0.5, 0.98, 3e-4, 10.0)
-    assert (fedmuon.weight_decay, fedmuon.round_lr, fedmuon.clip_grad) == (0.01, "cosine", 10.0)
-    assert (fedmuon.orth, fedmuon.ns_steps, fedmuon.ns_eps, fedmuon.nesterov) == ("quintic", 5, 1e-7, True)
-    assert (fedmuon.adam_beta1, fedmuon.adam_beta2, fedmuon.adam_eps) == (0.9, 0.95, 1e-10)
+    chosen, local_muon = create("fedmuon"), create("local_muon")
+    assert (chosen.gamma, chosen.beta, chosen.lr, chosen.mu_lr) == (0.5, 0.98, 3e-4, 10.0)
+    assert (chosen.weight_decay, chosen.round_lr, chosen.clip_grad) == (0.01, "cosine", 10.0)
+    assert (chosen.orth, chosen.ns_steps, chosen.ns_eps, chosen.nesterov) == ("quintic", 5, 1e-7, True)
+    assert (chosen.adam_beta1, chosen.adam_beta2, chosen.adam_eps) == (0.9, 0.95, 1e-10)
     assert (local_muon.gamma, local_muon.beta, local_muon.aggregate_momentum) == (0.0, 0.95, False)
 
 

@@ -13,6 +13,7 @@ from fedcore.algorithm import Algorithm, Client, Context, GradFn, Local, RoundLr
 from fedcore.ops.adam import adam_step_, moment_dtype
 from fedcore.ops.lowrank import pack, unpack
 from fedcore.ops.matrices import (
+    FEW,
     ConvScale,
     MuonParams,
     add_product_,
@@ -220,23 +221,25 @@ class FedMuon(Algorithm):
         return torch.clamp(self.clip_grad / grad.norm(dim=-1, keepdim=True), max=1.0)
 
     def _adamw(self, params: Tensor, grad: Tensor, factor: Tensor | float, own: Tree, step: Step) -> None:
-        """Move class A."""
-        values = gather(params, self.layout.rest)
-        rate = step.lr * (1 - self.alignment)
-        adam_step_(
-            values,
-            gather(grad, self.layout.rest).mul_(factor),
-            own["m"],
-            own["v"],
-            rate=rate,
-            b1=self.adam_beta1,
-            b2=self.adam_beta2,
-            eps=self.adam_eps,
-            c1=1 - self.adam_beta1 ** (step.k + 1),
-            c2=1 - self.adam_beta2 ** (step.k + 1),
-            decay=rate * self.weight_decay,
-        )
-        scatter_(params, self.layout.rest, values)
+        """Move class A: in place where its spans are few, which spares copies, else gathered into one vector."""
+        spans, rate = self.layout.rest, step.lr * (1 - self.alignment)
+        numbers = {
+            "rate": rate,
+            "b1": self.adam_beta1,
+            "b2": self.adam_beta2,
+            "eps": self.adam_eps,
+            "c1": 1 - self.adam_beta1 ** (step.k + 1),
+            "c2": 1 - self.adam_beta2 ** (step.k + 1),
+            "decay": rate * self.weight_decay,
+        }
+        if params.ndim > 1 or len(spans) > FEW:
+            values = gather(params, spans)
+            adam_step_(values, gather(grad, spans).mul_(factor), own["m"], own["v"], **numbers)
+            scatter_(params, spans, values)
+            return
+        for (start, stop), (low, high) in zip(spans, spans_of(spans), strict=True):
+            clipped = grad[start:stop].mul_(factor)
+            adam_step_(params[start:stop], clipped, own["m"][low:high], own["v"][low:high], **numbers)
 
     def _average(self, grad: Tensor, local: Local, step: Step) -> None:
         """Update the momentum with ``grad``, which holds ``(1 - beta) g`` and becomes U."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from fedcore.spec import ParamInfo, ParamSpec
 
 __all__ = [
+    "FEW",
     "ConvScale",
     "Matrix",
     "MatrixLayout",
@@ -45,7 +46,7 @@ HIDDEN = ("linear", "conv", "query", "key", "value", "qkv", "lora_a", "lora_b")
 SWALLOWED = 1 / 16
 """A gap between two tensors of class M is bridged where it is shorter than this share of what it joins."""
 FEW = 8
-"""Up to so many spans, one operation a span costs less than a copy of the momentum in and out of long segments."""
+"""Up to so many spans, one operation a span costs less than copies in and out of long segments."""
 
 
 @dataclass(frozen=True)
