@@ -80,9 +80,8 @@ def test_check_names_what_is_wrong(fed_data, tmp_path):
 
 def test_a_partition_is_made_shown_and_used_again(fed_data, tmp_path):
     path, picture = tmp_path / "parts" / "p.json", tmp_path / "p.png"
-    made = fed_data(
-        "partition", "make", "--partition.clients", 12, "--partition.alpha", 0.2, "--seed", 4, "--out", path
-    )
+    options = ("--partition.clients", 12, "--partition.alpha", 0.2, "--seed", 4)
+    made = fed_data("partition", "make", *options, "--out", path)
     assert (made.code, made.err) == (0, "")
     assert f"fed-train --data digits --partition.file {path}" in made.out
     content = json.loads(path.read_text())
