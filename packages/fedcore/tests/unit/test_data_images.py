@@ -3,6 +3,7 @@
 import gzip
 import importlib.util
 import io
+import os
 import pickle
 import time
 import warnings
@@ -23,7 +24,8 @@ _spec = importlib.util.spec_from_file_location("fed_layouts_images", Path(__file
 layouts = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(layouts)
 
-REAL_FASHION = [Path("/work/data/fashion/usr/share/datasets/fashion-mnist"), DEBIAN]
+REAL_FASHION = Path(os.environ.get("FASHION_MNIST", DEBIAN))
+"""the real files, where they are installed or named"""
 
 
 @pytest.fixture(autouse=True)
@@ -113,9 +115,9 @@ def test_fashion_says_what_is_missing_or_broken(tmp_path):
         FashionMNIST(root=root).load("test")
 
 
-@pytest.mark.skipif(not any(path.is_dir() for path in REAL_FASHION), reason="Fashion-MNIST is not installed")
+@pytest.mark.skipif(not REAL_FASHION.is_dir(), reason="Fashion-MNIST is not installed ($FASHION_MNIST)")
 def test_the_real_fashion_mnist():
-    data = FashionMNIST(root=next(path for path in REAL_FASHION if path.is_dir()))
+    data = FashionMNIST(root=REAL_FASHION)
     assert (len(data.load("train")), len(data.load("test"))) == (60000, 10000)
     pixels = data.load("train").inputs.float() / 255
     assert float(pixels.mean()) == pytest.approx(data.mean[0], abs=1e-4)

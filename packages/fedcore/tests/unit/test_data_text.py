@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import os
 import zlib
 from pathlib import Path
 
@@ -24,7 +25,8 @@ _spec = importlib.util.spec_from_file_location("fed_layouts_text", Path(__file__
 layouts = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(layouts)
 
-REAL_TEXTS = Path("/work/data/vader/hutto")
+REAL_TEXTS = Path(os.environ.get("VADER_TEXTS", "/nowhere"))
+"""vaderSentiment's folder with the four files, where it is named"""
 
 
 @pytest.fixture(autouse=True)
@@ -210,7 +212,7 @@ def test_text_domains_say_what_is_missing_or_broken(tmp_path):
         TextDomains(test_share=1)
 
 
-@pytest.mark.skipif(not REAL_TEXTS.is_dir(), reason="VADER's texts are not there")
+@pytest.mark.skipif(not REAL_TEXTS.is_dir(), reason="the texts are not there ($VADER_TEXTS)")
 def test_the_real_text_domains():
     train, test = (TextDomains(root=REAL_TEXTS).load(split) for split in ("train", "test"))
     assert len(train) + len(test) == 23320  # 23,703 without scores of 0
