@@ -29,8 +29,8 @@ class FedAdamW(AdamFamily):
 
     Local step k of K, the t-th of all: ``theta <- (1 - eta lambda) theta - eta (mhat / (sqrt(vhat) + eps) + alpha D)``
     with ``mhat = m / (1 - b1^k)``, since m starts every round from zero, and ``vhat = v / (1 - b2^t)``, since v does
-    not. D is the mean move of the round before over ``-K eta``. Which blocks the paper means by its Hessian is our
-    reading of it (``fedcore.ops.blocks``); ``bound.blocks.table()`` prints them.
+    not. D is the mean move of the round before over ``-K eta``. Which blocks the paper means by its Hessian is
+    our reading (``fedcore.ops.blocks``); ``bound.blocks.table()`` prints them.
 
     The first round is ``local_adamw``; ``alpha=0, v_blocks="none"`` is ``local_adamw`` in all. Without decay, mean
     moves obey ``Delta_r = L_r + alpha (eta_r / eta_{r-1}) Delta_{r-1}``: a heavy ball over rounds.
