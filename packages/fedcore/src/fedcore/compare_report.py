@@ -9,7 +9,7 @@ from typing import Any
 from polymodal.stats import paired_difference, summarise
 from polymodal.tables import markdown
 
-from fedcore.compare_cell import curve
+from fedcore.compare_cell import LANDSCAPE_SAMPLES, curve
 from fedcore.compare_settings import CellKey, CompareConfig, Method
 
 __all__ = ["Picked", "draw_curves", "pick_rates", "tail_mean", "to_table", "warning_of"]
@@ -178,6 +178,11 @@ def _notes(config: CompareConfig, rows: Sequence[Picked]) -> list[str]:
     if config.pick != "none" and any(row.of > 1 for row in rows):
         where = "the validation split" if config.pick == "val" else "THE TEST SPLIT"
         notes.append(f"rates picked on {where} by the mean over seeds of the last {config.tail} evaluations")
+    if config.landscape:
+        notes.append(
+            "eigenvalue and sharpness (filter-normalised, radius 0.1) of the last model, on up to"
+            f" {LANDSCAPE_SAMPLES:,} training samples"
+        )
     sizes = {row.of for row in rows}
     if config.pick != "none" and len(sizes) > 1:
         notes.append("unequal tuning: " + ", ".join(f"{row.label} {row.of}" for row in rows) + " rates")
