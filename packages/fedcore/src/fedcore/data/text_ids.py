@@ -45,11 +45,12 @@ def hash_ids(texts: Iterable[str], ngrams: int, buckets: int, length: int) -> li
 
 
 def _shared(sequences: list[list[str]], length: int) -> list[list[str]]:
-    if sum(map(len, sequences)) <= length:
-        return sequences
-    half = length // len(sequences)
-    short = sum(min(half, len(sequence)) for sequence in sequences)
-    return [sequence[: max(half, length - short + half)] for sequence in sequences]
+    """Cut one or two sequences so that all together have at most ``length`` words."""
+    if len(sequences) == 1:
+        return [sequences[0][:length]]
+    first, second = sequences
+    kept = min(len(first), max(length // 2, length - len(second)))
+    return [first[:kept], second[: length - kept]]
 
 
 def padded(rows: Sequence[Sequence[int]]) -> Tensor:
