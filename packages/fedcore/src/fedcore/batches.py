@@ -50,7 +50,7 @@ class ClientData:
         return self._collate
 
     def _from_tensors(self, index: Tensor, generator: torch.Generator | None) -> Any:
-        return tuple([tensor.index_select(0, index) for tensor in self._dataset.tensors])
+        return tuple([tensor.index_select(0, index.to(tensor.device)) for tensor in self._dataset.tensors])
 
     def _collate(self, index: Tensor, generator: torch.Generator | None) -> Any:
         return default_collate([self._dataset[i] for i in index.tolist()])

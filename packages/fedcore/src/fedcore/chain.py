@@ -14,7 +14,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from fedcore.spec import ParamInfo, ParamSpec
 
-__all__ = ["Linear", "LinearChain"]
+__all__ = ["Linear", "LinearChain", "cross_entropy"]
 
 ELEMENTWISE = (
     nn.ReLU,
@@ -36,6 +36,8 @@ ELEMENTWISE = (
     nn.Hardswish,
 )
 
+IGNORED = -100
+"""targets that ``F.cross_entropy`` leaves out"""
 Back = Callable[[Tensor], Tensor]
 Draw = Callable[[Tensor, float], Tensor]
 """``draw(hidden, p)``: what dropout multiplies ``hidden`` with, 0 or ``1 / (1 - p)``."""
@@ -140,10 +142,10 @@ class Linear:
 
     def forward(self, hidden: Tensor, params: Tensor) -> Tensor:
         """(..., B, in) -> (..., B, out)."""
-        weight = self.weight.view(params).mT
+        weight = _view(self.weight, params).mT
         if self.bias is None:
             return hidden @ weight
-        bias = self.bias.view(params)
+        bias = _view(self.bias, params)
         if params.ndim == 1:
             return torch.addmm(bias, hidden, weight)
         return torch.baddbmm(bias.unsqueeze(1), hidden, weight)
@@ -158,10 +160,36 @@ class Linear:
             further: whether the gradient of ``hidden`` is needed; otherwise nothing is returned, (0,).
             grad: (..., B, out).
         """
-        torch.matmul(grad.mT, hidden, out=self.weight.view(flat))
+        torch.matmul(grad.mT, hidden, out=_view(self.weight, flat))
         if self.bias is not None:
-            torch.sum(grad, dim=-2, out=self.bias.view(flat))
-        return grad @ self.weight.view(params) if further else grad.new_empty(0)
+            torch.sum(grad, dim=-2, out=_view(self.bias, flat))
+        return grad @ _view(self.weight, params) if further else grad.new_empty(0)
+
+
+def cross_entropy(outputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Gradient and value of ``F.cross_entropy``, by its own kernels without a graph around them.
+
+    Args:
+        outputs: (N, classes).
+        targets: (N,) class numbers.
+        weights: (N,) what each loss counts; None is the mean.
+
+    Returns:
+        Gradient (N, classes); the mean loss, or with ``weights`` the losses (N,).
+    """
+    aten = torch.ops.aten
+    logs = aten._log_softmax(outputs, 1, False)
+    reduction = 1 if weights is None else 0
+    losses, total = aten.nll_loss_forward(logs, targets, None, reduction, IGNORED)
+    weights = torch.ones_like(losses) if weights is None else weights
+    grad = aten.nll_loss_backward(weights, logs, targets, None, reduction, IGNORED, total)
+    return aten._log_softmax_backward_data(grad, logs, 1, outputs.dtype), losses
+
+
+def _view(info: ParamInfo, flat: Tensor) -> Tensor:
+    """``info.view(flat)``; this is called so often that it counts."""
+    part = flat.narrow(-1, info.start, info.stop - info.start)
+    return part.view(info.shape) if flat.ndim == 1 else part.view(flat.shape[0], *info.shape)
 
 
 def _through(before: Tensor, after: Tensor, grad: Tensor) -> Tensor:

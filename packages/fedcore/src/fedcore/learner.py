@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from polymodal.errors import UserError
 from polymodal.seeding import seed_global
 from torch import Tensor
 
 from fedcore.batches import ClientData
-from fedcore.chain import LinearChain
+from fedcore.chain import LinearChain, cross_entropy
 from fedcore.spec import ParamSpec
 from fedcore.tasks import Task
 
@@ -149,6 +150,8 @@ class Learner:
             draw = _mask
 
         def loss(outputs: Tensor) -> tuple[Tensor, Tensor]:
+            if self._output_loss is F.cross_entropy and outputs.ndim == 2 and batch[1].dtype == torch.int64:
+                return cross_entropy(outputs, batch[1])
             with torch.enable_grad():
                 value = self._output_loss(outputs.requires_grad_(), batch[1])
             return torch.autograd.grad(value, outputs)[0], value.detach()
@@ -159,10 +162,12 @@ class Learner:
         """Mean gradient (P,) of the loss over all of ``data``, in eval mode."""
         self.task.module.eval()
         total = torch.zeros_like(params)
-        for batch in _chunks(data):
-            grad, _ = self(params, batch, rng=0, update_buffers=False)
-            total.add_(grad, alpha=self.task.size(batch) / len(data))
-        self.task.module.train()
+        try:
+            for batch in _chunks(data):
+                grad, _ = self(params, batch, rng=0, update_buffers=False)
+                total.add_(grad, alpha=self.task.size(batch) / len(data))
+        finally:  # the next client may be one whose data can be read
+            self.task.module.train()
         return total
 
     def evaluate(self, params: Tensor, data: ClientData) -> dict[str, float]:

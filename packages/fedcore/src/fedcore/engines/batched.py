@@ -24,7 +24,7 @@ from fedcore.engines.base import (
 )
 from fedcore.engines.serial import SerialEngine
 from fedcore.engines.stacked_check import checked_gradient
-from fedcore.engines.stacked_data import CannotStackError, StackedData
+from fedcore.engines.stacked_data import CannotStackError, StackedData, Windows
 from fedcore.learner import EVAL_BATCH
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ __all__ = ["BatchedEngine", "batched_or_serial"]
 
 log = logging.getLogger(__name__)
 
-STACK_BYTES = 4 * 2**20
-"""of the parameters that are computed together on a CPU: more than fits its caches is slower than fewer clients"""
+STACK_BYTES = 16 * 2**20
+"""of the parameters that are computed together on a CPU: large models gain nothing from company, and lose the cache"""
 
 
 def batched_or_serial(federation: Federation) -> Engine:
@@ -117,7 +117,7 @@ class _Stack:
         dtype = torch.promote_types(self.learner.spec.dtype, torch.float32)
         self.data = StackedData([federation.data[client.id] for client in clients], self.learner.device, dtype)
         self.seeds = [federation.plan.rng(work.ctx.round, client.id) for client in clients]
-        self.augments = [federation.data[client.id].augments for client in clients]
+        self.augments = any(federation.data[client.id].augments for client in clients)
         self.losses = torch.zeros(len(clients), dtype=torch.float64, device=self.learner.device)
         self.all = Client(
             tuple(client.id for client in clients),
@@ -171,7 +171,7 @@ class _Stack:
             self.data.rows(i, plan.batches(ctx.round, client.id, client.samples))
             for i, client in enumerate(self.clients)
         ]
-        grad_fn = _GradFn(self)
+        windows, grad_fn = Windows(self.data, rows), _GradFn(self)
         active = len(self.clients)
         params_of_all, own_of_all = _Whole(params), _wholes(local.own, active)
         for k in range(self.clients[0].steps):
@@ -181,7 +181,8 @@ class _Stack:
                 for name, value in local.own.items():
                     local.own[name] = own_of_all[name].first(remaining, value)
                 active = remaining
-            batch = self._batch([row[k] for row in rows[:active]], k)
+            draws = [generator(self.seeds[i], "augment", k) for i in range(active)] if self.augments else None
+            batch = windows.batch(k, active, draws)
             steps = self.all.steps[:active] if isinstance(self.all.steps, Tensor) else self.all.steps
             rng = tuple((seed + k) % 2**63 for seed in self.seeds[:active])
             step = Step(k, steps, ctx.round, ctx.lr, ctx.last_lr, rng)
@@ -191,17 +192,11 @@ class _Stack:
         own = {name: own_of_all[name].all(value) for name, value in local.own.items()}
         return params_of_all.all(params), Local(local.shared, own)
 
-    def _batch(self, rows: Sequence[Tensor], k: int) -> StackedBatch:
-        if not any(self.augments):
-            return self.data.gather(rows)
-        pairs = zip(self.seeds, self.augments, strict=True)
-        return self.data.gather(rows, generators=[generator(s, "augment", k) if draws else None for s, draws in pairs])
-
     def grad(self, params: Tensor, batch: StackedBatch, rng: Sequence[int], count: bool) -> tuple[Tensor, Tensor]:
         """Gradients and losses of the first clients of the stack."""
         grads, losses = self.gradient(params.expand(len(batch.sizes), -1), batch, rng)
         if count:
-            self.losses[: len(losses)] += losses
+            self.losses.narrow(0, 0, len(batch.sizes)).add_(losses)
         return grads, losses
 
     def _full_gradient(self, params: Tensor) -> Tensor:
@@ -211,11 +206,13 @@ class _Stack:
         total = torch.zeros_like(params)
         rows = [self.data.rows(i, torch.arange(size).split(EVAL_BATCH)) for i, size in enumerate(sizes)]
         module.eval()
-        for chunk in range(len(rows[0])):
-            active = sum(len(row) > chunk for row in rows)
-            batch = self.data.gather([row[chunk] for row in rows[:active]], sizes[:active])
-            total[:active] += self.gradient(params[:active], batch, ())[0]
-        module.train()
+        try:
+            for chunk in range(len(rows[0])):
+                active = sum(len(row) > chunk for row in rows)
+                batch = self.data.gather([row[chunk] for row in rows[:active]], sizes[:active])
+                total[:active] += self.gradient(params[:active], batch, ())[0]
+        finally:
+            module.train()
         return total
 
     # ------------------------------------------------------------------ results

@@ -32,14 +32,13 @@ def checked_gradient(federation: Federation) -> StackedGradient:
         raise CannotStackError("models of the clients differ in rank")
     (learner,) = federation.learners.values()
     task = learner.task
-    losses = task.sample_losses()
-    if losses is None:
+    if task.sample_losses() is None:
         raise CannotStackError(f"{type(task.module).__name__} and its loss give no loss of single samples")
     for data in federation.data:
         if data.tensors is not None and len(data.tensors) == 2 and _left_out(data.tensors[1]):
             raise CannotStackError("targets below zero, which losses leave out of their mean")
     batch = _probe(federation, learner)
-    gradient = stacked_gradient(task.module, learner.spec, losses)
+    gradient = stacked_gradient(task, learner.spec)
     _compare(learner, gradient, batch)
     return gradient
 

@@ -13,7 +13,10 @@ from fedcore.engines.stacked_gradients import StackedBatch
 if TYPE_CHECKING:
     from fedcore.batches import ClientData
 
-__all__ = ["CannotStackError", "StackedData"]
+__all__ = ["CannotStackError", "StackedData", "Windows"]
+
+WINDOW_BYTES = 4 * 2**20
+"""of inputs that are gathered at once for steps to come"""
 
 
 class CannotStackError(ValueError):
@@ -36,17 +39,25 @@ class StackedData:
         self._clients, self._device, self._dtype = clients, device, dtype
         stored = [client.tensors for client in clients]
         first = stored[0]
-        self._stored = all(tensors is not None and len(tensors) == 2 for tensors in stored)
-        self._shared = self._stored and all(
+        self.stored = all(tensors is not None and len(tensors) == 2 for tensors in stored)
+        self._shared = self.stored and all(
             tensors is not None and first is not None and all(map(_same, tensors, first)) for tensors in stored
         )
         self.errors: dict[int, str] = {}
 
     def rows(self, place: int, indices: Sequence[Tensor]) -> Sequence[Tensor]:
         """Batches of a client as ``gather`` takes them: rows of the stored tensors, or as they are."""
-        if not self._stored:
+        if not self.stored:
             return indices
-        return self._clients[place].rows(torch.cat(list(indices))).split([len(index) for index in indices])
+        return self._clients[place].rows(torch.cat(list(indices))).split([index.numel() for index in indices])
+
+    def window(self, count: int, width: int) -> int:
+        """Steps that can be gathered at once for ``count`` clients with batches of ``width``; 1 where none can."""
+        tensors = self._clients[0].tensors if self.stored else None
+        if tensors is None:
+            return 1
+        sample = tensors[0][:1].numel() * tensors[0].element_size()
+        return max(1, WINDOW_BYTES // max(1, sample * count * width))
 
     def gather(
         self,
@@ -64,26 +75,33 @@ class StackedData:
         Raises:
             CannotStackError: batches of shapes that differ, or that are not two tensors.
         """
-        sizes = [len(row) for row in rows]
-        batch = self._from_tensors(rows, sizes) if self._stored else self._one_by_one(rows, sizes, generators)
+        sizes = [row.numel() for row in rows]
+        if self.stored:
+            largest = max(sizes)
+            batch = self.select([_padded(row, largest) for row in rows])
+        else:
+            batch = self._one_by_one(rows, sizes, generators)
         inputs, targets = (tensor.to(self._device, non_blocking=True) for tensor in batch)
-        weights = _weights(sizes, counts or sizes).to(self._device, self._dtype)
-        return StackedBatch(inputs, targets, weights, sizes)
+        return StackedBatch(inputs, targets, self.weights(sizes, counts or sizes), sizes)
 
-    def _from_tensors(self, rows: Sequence[Tensor], sizes: list[int]) -> list[Tensor]:
-        largest = max(sizes)
-        if min(sizes) < largest:
-            rows = [row if n == largest else _padded(row, largest) for row, n in zip(rows, sizes, strict=True)]
+    def weights(self, sizes: Sequence[int], counts: Sequence[int]) -> Tensor:
+        """See ``StackedBatch``."""
+        return _weights(sizes, counts).to(self._device, self._dtype)
+
+    def select(self, rows: Sequence[Tensor]) -> list[Tensor]:
+        """Stored inputs and targets (clients, n, ...) at ``rows``, n of each of the first clients."""
         if self._shared:
             together, tensors = torch.cat(list(rows)), self._clients[0].tensors or ()
-            return [tensor[together].unflatten(0, (len(rows), largest)) for tensor in tensors]
+            return [
+                tensor.index_select(0, together.to(tensor.device)).unflatten(0, (len(rows), -1)) for tensor in tensors
+            ]
         stacks: list[Tensor] = []
         for kind in range(2):
             parts = [self._clients[i].tensors[kind] for i in range(len(rows))]  # type: ignore[index]
-            _check([part[:0] for part in parts])
-            stack = parts[0].new_empty((len(rows), largest, *parts[0].shape[1:]))
+            _check(parts)
+            stack = parts[0].new_empty((len(rows), rows[0].numel(), *parts[0].shape[1:]))
             for place, part in enumerate(parts):
-                torch.index_select(part, 0, rows[place], out=stack[place])
+                torch.index_select(part, 0, rows[place].to(part.device), out=stack[place])
             stacks.append(stack)
         return stacks
 
@@ -94,8 +112,9 @@ class StackedData:
         for place, row in enumerate(rows):
             if place in self.errors:
                 continue
+            client = self._clients[place]
             try:
-                found[place] = _pair(self._clients[place].batch(row, generators[place] if generators else None))
+                found[place] = _pair(client.batch(row, generators[place] if generators and client.augments else None))
             except CannotStackError:
                 raise
             except Exception as error:  # whatever a client's data raises drops this client, not the others
@@ -111,10 +130,51 @@ class StackedData:
         for kind in range(2):
             parts = [pair[kind] for pair in pairs]
             _check(parts)
-            stacks.append(torch.stack([part if len(part) == largest else _padded(part, largest) for part in parts]))
+            stacks.append(torch.stack([_padded(part, largest) for part in parts]))
         if not stacks[1].is_floating_point() and bool((stacks[1] < 0).any()):
             raise CannotStackError("targets below zero, which losses leave out of their mean")
         return stacks
+
+
+class Windows:
+    """Batches of the local steps, several steps gathered at once where all samples are in memory.
+
+    Args:
+        data: of the clients.
+        rows: batches of each client, from ``StackedData.rows``; clients with the most batches first.
+    """
+
+    def __init__(self, data: StackedData, rows: Sequence[Sequence[Tensor]]) -> None:
+        self._data, self._rows = data, rows
+        self._sizes = [[row.numel() for row in client] for client in rows]
+        self._start = self._stop = self._active = 0
+        self._inputs = self._targets = torch.empty(0)
+        self._full: Tensor | None = None
+
+    def batch(self, k: int, active: int, generators: Sequence[torch.Generator | None] | None = None) -> StackedBatch:
+        """The batches of step k of the first ``active`` clients; steps have to be asked for in order."""
+        if not self._data.stored:
+            return self._data.gather([client[k] for client in self._rows[:active]], generators=generators)
+        if k >= self._stop or active != self._active:
+            self._gather(k, active)
+        sizes, at = [client[k] for client in self._sizes[:active]], k - self._start
+        if self._full is not None:
+            return StackedBatch(self._inputs[:, at], self._targets[:, at], self._full, sizes)
+        largest = max(sizes)
+        weights = self._data.weights(sizes, sizes)
+        return StackedBatch(self._inputs[:, at, :largest], self._targets[:, at, :largest], weights, sizes)
+
+    def _gather(self, k: int, active: int) -> None:
+        """Fetch the steps from k on, as long as all clients take part and memory allows."""
+        left = len(self._rows[active - 1]) - k
+        width = max(max(client[k:]) for client in self._sizes[:active])
+        steps = min(left, self._data.window(active, width))
+        self._start, self._stop, self._active = k, k + steps, active
+        parts = [[_padded(row, width) for row in client[k : k + steps]] for client in self._rows[:active]]
+        inputs, targets = self._data.select([torch.cat(client) for client in parts])
+        self._inputs, self._targets = (part.unflatten(1, (steps, width)) for part in (inputs, targets))
+        sizes = {size for client in self._sizes[:active] for size in client[k : k + steps]}
+        self._full = self._data.weights([width], [width]) if sizes == {width} else None
 
 
 def _pair(batch: object) -> tuple[Tensor, Tensor]:
@@ -136,7 +196,8 @@ def _check(parts: Sequence[Tensor]) -> None:
 
 def _padded(part: Tensor, size: int) -> Tensor:
     """``part`` (B, ...) with its first sample repeated, (size, ...)."""
-    return torch.cat([part, part[:1].expand(size - len(part), *part.shape[1:])])
+    missing = size - part.shape[0]
+    return torch.cat([part, part[:1].expand(missing, *part.shape[1:])]) if missing else part
 
 
 def _weights(sizes: Sequence[int], counts: Sequence[int]) -> Tensor:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from polymodal.seeding import seed_global
 from torch import Tensor, nn
 
-from fedcore.chain import Linear, LinearChain
+from fedcore.chain import Linear, LinearChain, cross_entropy
 
 if TYPE_CHECKING:
     from fedcore.spec import ParamSpec
+    from fedcore.tasks import Task
 
 __all__ = ["LinearStack", "StackedBatch", "StackedGradient", "Vmapped", "stacked_gradient"]
-
-SampleLosses = Callable[[Tensor, Tensor], Tensor]
 
 
 class StackedBatch(NamedTuple):
@@ -42,17 +42,18 @@ class StackedGradient(ABC):
     """Mean loss of each client and its gradient.
 
     Args:
-        module: the model.
+        task: the model and its loss, which gives losses of single samples.
         spec: layout of its parameters.
-        sample_losses: ``(outputs, targets) -> loss of each sample``, of any shape that begins with the samples.
     """
 
     how: ClassVar[str] = ""
     missing: tuple[tuple[int, int], ...] = ()
     """spans of the vector that never receive a gradient"""
 
-    def __init__(self, module: nn.Module, spec: ParamSpec, sample_losses: SampleLosses) -> None:
-        self.module, self.spec, self.sample_losses = module, spec, sample_losses
+    def __init__(self, task: Task, spec: ParamSpec) -> None:
+        losses = task.sample_losses()
+        assert losses is not None
+        self.module, self.spec, self.sample_losses = task.module, spec, losses
 
     @abstractmethod
     def __call__(self, params: Tensor, batch: StackedBatch, rng: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -65,12 +66,12 @@ class StackedGradient(ABC):
         """
 
 
-def stacked_gradient(module: nn.Module, spec: ParamSpec, sample_losses: SampleLosses) -> StackedGradient:
+def stacked_gradient(task: Task, spec: ParamSpec) -> StackedGradient:
     """Matrix products for linear layers one after the other, ``torch.func.vmap`` for everything else."""
-    chain = LinearChain.of(module, spec)
+    chain = LinearChain.of(task.module, spec)
     if chain is not None:
-        return LinearStack(module, spec, sample_losses, chain)
-    return Vmapped(module, spec, sample_losses)
+        return LinearStack(task, spec, chain)
+    return Vmapped(task, spec)
 
 
 class Vmapped(StackedGradient):
@@ -99,17 +100,17 @@ class LinearStack(StackedGradient):
     Dropout draws what the model alone would draw.
 
     Args:
-        module: the model.
+        task: the model and its loss.
         spec: layout of its parameters.
-        sample_losses: loss of each sample.
-        chain: its layers.
+        chain: the model's layers.
     """
 
     how: ClassVar[str] = "stacked matrix products"
 
-    def __init__(self, module: nn.Module, spec: ParamSpec, sample_losses: SampleLosses, chain: LinearChain) -> None:
-        super().__init__(module, spec, sample_losses)
+    def __init__(self, task: Task, spec: ParamSpec, chain: LinearChain) -> None:
+        super().__init__(task, spec)
         self._chain = chain
+        self._cross_entropy = task.output_loss() is F.cross_entropy
 
     def __call__(self, params: Tensor, batch: StackedBatch, rng: Sequence[int]) -> tuple[Tensor, Tensor]:
         """See ``StackedGradient``."""
@@ -123,12 +124,17 @@ class LinearStack(StackedGradient):
 
     def _loss(self, outputs: Tensor, batch: StackedBatch) -> tuple[Tensor, Tensor]:
         """Gradient of the losses at ``outputs`` (clients, B, d), and the losses (clients,)."""
-        outputs.requires_grad_()
-        with torch.enable_grad():
-            losses = _per_sample(self.sample_losses(outputs.flatten(0, 1), batch.targets.flatten(0, 1)))
-            total = (losses.reshape(outputs.shape[:2]) * batch.weights).sum(dim=1)
-        (grad,) = torch.autograd.grad(total.sum(), outputs)
-        return grad, total.detach()
+        clients = outputs.shape[:2]
+        outputs, targets = outputs.flatten(0, 1), batch.targets.flatten(0, 1)
+        weights = batch.weights.to(outputs.dtype).expand(clients)
+        if self._cross_entropy and targets.dtype == torch.int64:
+            grad, losses = cross_entropy(outputs, targets, weights.reshape(-1))
+        else:
+            outputs.requires_grad_()
+            with torch.enable_grad():
+                losses = _per_sample(self.sample_losses(outputs, targets))
+            (grad,) = torch.autograd.grad(losses, outputs, weights.reshape(-1))
+        return grad.view(*clients, -1), (losses.detach().view(clients) * weights).sum(dim=1)
 
     def _masks(self, batch: StackedBatch, rng: Sequence[int]) -> list[Tensor]:
         """What each dropout layer multiplies with, (clients, B, d)."""
