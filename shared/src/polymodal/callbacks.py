@@ -159,9 +159,11 @@ class Checkpoints(L.Callback):
         if self.stop.requested and not last_batch:
             raise Interrupted(self._farewell(f"saved at step {trainer.global_step}"))
 
-    def on_validation_batch_end(self, trainer: L.Trainer, *arguments: Any, **keywords: Any) -> None:
-        """Stop in the middle of a validation: the last checkpoint stands."""
-        if self.stop.requested:
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Stop in the middle of a validation: the last checkpoint stands. After its last batch, the epoch is saved."""
+        if self.stop.requested and batch_idx + 1 < trainer.num_val_batches[dataloader_idx]:
             raise Interrupted(self._farewell("stopped during validation; the last checkpoint stands"))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -211,7 +213,8 @@ class Checkpoints(L.Callback):
         if final or self.stop.requested or due:
             self.save_last(trainer)
         if self.stop.requested and not final:
-            raise Interrupted(self._farewell(f"saved after epoch {trainer.current_epoch + 1}"))
+            unit = "round" if self.run.step_name == "round" else "epoch"
+            raise Interrupted(self._farewell(f"saved after {unit} {trainer.current_epoch + 1}"))
 
     def save_last(self, trainer: L.Trainer) -> None:
         """Write ``last.ckpt``; the one before becomes ``previous.ckpt`` without a moment in which neither exists."""

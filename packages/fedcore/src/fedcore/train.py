@@ -24,7 +24,16 @@ fed-train --data cifar100 --data.root DIR --model resnet18_gn --algorithm fedada
 fed-train --module my_task.py:MyTask --datasets my_task.py:clients     # any TaskModule
 fed-train --resume runs/fedcore/RUN                 # go on after Ctrl-C or a crash
 """
-DEFAULT_PRESETS = {"": "digits", "digits": "digits"}
+DEFAULT_PRESETS = {
+    "": "digits",
+    "digits": "digits",
+    "fashion_mnist": "fashion_mnist",
+    "text_domains": "text_domains",
+    "cifar10": "fedswa_cifar10",
+    "cifar100": "fedswa_cifar100",
+    "tiny_imagenet": "fedswa_tiny_imagenet",
+    **{name: "fedadamw_glue" for name in READERS if name.partition(":")[0] == "glue"},
+}
 ALIASES = {
     "model": "model.name",
     "partition": "partition.scheme",
@@ -126,5 +135,6 @@ def _show(run: Run) -> None:
     """The run folder, the command that shows more, the W&B upload command."""
     sys.stdout.write(f"\nrun folder  {run.folder}\npictures    {run.folder / 'figures'}\n")
     sys.stdout.write(f"more        polymodal report {run.folder} --html\n")
+    sys.stdout.write(f"surface     fed-landscape {run.folder}\n")
     if run.sync_command:
         sys.stdout.write(f"upload      {run.sync_command}\n")
