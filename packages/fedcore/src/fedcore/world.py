@@ -66,7 +66,7 @@ def build_world(data: FedData, partition: PartitionConfig, *, val_share: float, 
     train, labels = data.load("train"), data.partition_labels("train")
     kept, held = cut_validation(labels, val_share)
     rest = train.subset(kept)
-    chosen = make_partition(partition, rest, labels[kept], seed)
+    chosen = make_partition(partition, rest, labels[kept], seed, data.fingerprint())
     return World(
         clients=[rest.subset(indices) for indices in chosen],
         val=train.subset(held, augment=False) if len(held) else None,
@@ -100,15 +100,17 @@ def cut_validation(labels: np.ndarray, share: float, seed: int = 0) -> tuple[np.
     return np.flatnonzero(~out), np.flatnonzero(out)
 
 
-def make_partition(config: PartitionConfig, train: ArrayData, labels: np.ndarray, seed: int) -> Partition:
-    """Divide ``train`` by the options.
+def make_partition(
+    config: PartitionConfig, train: ArrayData, labels: np.ndarray, seed: int, fingerprint: str | None = None
+) -> Partition:
+    """Divide ``train`` by the options; a stored partition must be of data with this fingerprint.
 
     Raises:
         UserError: a stored partition of other data, no column to go by, or options out of range.
     """
     seed = seed if config.seed is None else config.seed
     if config.file is not None:
-        return Partition.load(config.file, size=len(train))
+        return Partition.load(config.file, size=len(train), fingerprint=fingerprint)
     if config.scheme == "dirichlet_client":
         return schemes.dirichlet_client(labels, config.clients, config.alpha, seed, config.samples or None)
     if config.scheme == "dirichlet_label":
