@@ -112,17 +112,27 @@ def test_damaged_checkpoint_falls_back_and_says_so(toy_run, whole: Path) -> None
     assert "damaged" in error
     assert "going on from previous.ckpt" in error
     same(whole, folder)
-    last.write_bytes(content)
-    previous = (folder / "checkpoints" / "previous.ckpt").read_bytes()
-    code, _, error = toy_run(*resume(folder), "--kill_in_write", 1, out="bad")
-    assert code == -signal.SIGKILL
-    assert last.read_bytes() == previous, "the damaged file never becomes the previous one"
     for name in ("last", "previous"):
         (folder / "checkpoints" / f"{name}.ckpt").write_bytes(b"nothing")
     code, _, error = toy_run(*resume(folder), out="bad")
     assert code == 2
     assert error.count("\n") == 1
     assert "damaged" in error
+
+
+def test_killed_while_going_on_from_a_damaged_checkpoint(toy_run, whole: Path) -> None:
+    """The damaged file never takes the place of the good one."""
+    _, folder, _ = toy_run("--kill_at", 9, out="worse")
+    last, previous = (folder / "checkpoints" / f"{name}.ckpt" for name in ("last", "previous"))
+    last.write_bytes(last.read_bytes()[:-500])
+    good = previous.read_bytes()
+    code, _, _ = toy_run(*resume(folder)[:2], "--kill_at", -1, "--kill_in_write", 0, out="worse")
+    assert code == -signal.SIGKILL
+    assert last.read_bytes() == previous.read_bytes() == good
+    code, _, error = toy_run(*resume(folder), out="worse")
+    assert code == 0
+    assert "damaged" not in error
+    same(whole, folder)
 
 
 def test_finished_run_and_other_data(toy_run, whole: Path) -> None:
