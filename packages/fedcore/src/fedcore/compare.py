@@ -17,8 +17,8 @@ from typing import Any
 
 from polymodal.cli import command
 
-from fedcore.compare_cell import CellRunner, read_cell
-from fedcore.compare_settings import Cell, CellKey, CompareConfig, settings_hash
+from fedcore.compare_cell import CellRunner
+from fedcore.compare_settings import Cell, CellKey, CompareConfig
 from fedcore.data import READERS
 
 __all__ = ["compare", "main"]
@@ -132,7 +132,7 @@ def _sort_cells(config: CompareConfig, runner: CellRunner, folder: Path) -> tupl
     """Cells to run, and records of those that are done."""
     todo, records = [], {}
     for cell in config.cells():
-        record = read_cell(folder / f"{cell.name}.json", settings_hash(runner.settings(cell)))
+        record = runner.read(folder, cell)
         if record is None:
             todo.append(cell)
         else:

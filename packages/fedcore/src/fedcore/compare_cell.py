@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -12,16 +13,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from polymodal.config import to_dict
 from polymodal.errors import UserError
 
 from fedcore.algorithms import ALGORITHMS, create
 from fedcore.compare_settings import SCHEMA_VERSION, Cell, CompareConfig, settings_hash
+from fedcore.world_settings import PartitionConfig
 
 if TYPE_CHECKING:
     from fedcore.simulation import Simulation
     from fedcore.world import World
 
-__all__ = ["CellRunner", "curve", "read_cell"]
+__all__ = ["CellRunner", "curve"]
 
 LANDSCAPE_SAMPLES = 1000
 """training samples of which the landscape is measured, at most"""
@@ -53,6 +56,22 @@ class CellRunner:
             UserError: an option that the algorithm does not have, or a value out of its range.
         """
         return self.config.settings(cell, create(cell.method.algorithm, **cell.options), self.fingerprint)
+
+    def read(self, folder: Path, cell: Cell) -> dict[str, Any] | None:
+        """The record of a cell that was run with these settings; None where the cell must be run.
+
+        Raises:
+            UserError: as ``settings``, or a record of a newer version.
+        """
+        settings, record = self.settings(cell), _read(folder / f"{cell.name}.json")
+        if record is None:
+            return None
+        defaults = {
+            "options": to_dict(dataclasses.asdict(create(cell.method.algorithm))),
+            "partition": to_dict(PartitionConfig()),
+        }
+        reduced = _without_new(settings, record.get("settings"), defaults)
+        return record if record.get("settings_hash") == settings_hash(reduced) else None
 
     def world(self, seed: int) -> World:
         """Clients and splits of a seed."""
@@ -183,8 +202,8 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
 
 
-def read_cell(path: Path, expected: str) -> dict[str, Any] | None:
-    """The record in ``path`` if it has the hash ``expected``; None where the cell must be run.
+def _read(path: Path) -> dict[str, Any] | None:
+    """A record; None where there is none, or none that can be read.
 
     Raises:
         UserError: written by a newer version.
@@ -196,11 +215,23 @@ def read_cell(path: Path, expected: str) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         log.warning("%s cannot be read and is run again: %s", path, error)
         return None
-    if not isinstance(record, dict) or record.get("settings_hash") != expected:
+    if not isinstance(record, dict):
         return None
     if record.get("schema_version", 0) > SCHEMA_VERSION:
         raise UserError(f"{path}: schema version {record['schema_version']}; this fedcore reads {SCHEMA_VERSION}")
     return record
+
+
+def _without_new(settings: dict[str, Any], recorded: Any, defaults: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """``settings`` without options that a record does not know and that have their defaults.
+
+    Such options came after the record; at their defaults, methods do what they did before.
+    """
+    reduced = dict(settings)
+    for group, default in defaults.items():
+        old = recorded.get(group, {}) if isinstance(recorded, dict) else {}
+        reduced[group] = {k: v for k, v in settings[group].items() if k in old or k not in default or v != default[k]}
+    return reduced
 
 
 def curve(record: Mapping[str, Any], metric: str) -> list[tuple[int, float]]:

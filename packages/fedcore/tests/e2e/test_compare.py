@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from fedcore import compare as compare_command
+from fedcore.compare_settings import settings_hash
 
 RUN = "import sys; from fedcore.compare import main; sys.exit(main())"
 SMALL = {
@@ -89,6 +90,29 @@ def test_only_cells_of_other_settings_are_run_again(fed_compare, tmp_path):
     _, out, err = fed_compare("--dry_run", "true")
     assert out == "would run swa-lr0.3-seed0\n"
     assert "cannot be read and is run again" in err
+
+
+def test_an_option_that_is_new_since_the_run_counts_only_where_it_is_used(fed_compare, tmp_path):
+    methods = {"fedavg": {"lr": 0.3}}
+    fed_compare(methods=methods, seeds=[0])
+    (file,) = (tmp_path / "results" / "small").glob("*.json")
+    record = json.loads(file.read_text())
+    del record["settings"]["options"]["clip_grad"], record["settings"]["partition"]["shards"]
+    record["settings_hash"] = settings_hash(record["settings"])
+    file.write_text(json.dumps(record))
+    _, out, _ = fed_compare("--dry_run=true", methods=methods, seeds=[0])
+    assert out == "nothing left to run\n"
+    _, out, _ = fed_compare("--dry_run=true", methods={"fedavg": {"lr": 0.3, "clip_grad": 1.0}}, seeds=[0])
+    assert out == "would run fedavg-lr0.3-seed0\n"
+
+
+def test_a_record_of_a_newer_version_is_refused(fed_compare, tmp_path):
+    fed_compare(methods={"fedavg": {"lr": 0.3}}, seeds=[0])
+    (file,) = (tmp_path / "results" / "small").glob("*.json")
+    file.write_text(file.read_text().replace('"schema_version": 1', '"schema_version": 99', 1))
+    code, _, err = fed_compare(methods={"fedavg": {"lr": 0.3}}, seeds=[0])
+    assert code == 2
+    assert "schema version 99" in err
 
 
 @pytest.mark.slow
