@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from fedcore.spec import ParamInfo, ParamSpec
+    from fedcore.spec import ParamSpec
 
 __all__ = ["Linear", "LinearChain", "cross_entropy"]
 
@@ -38,6 +38,7 @@ ELEMENTWISE = (
 
 IGNORED = -100
 """targets that ``F.cross_entropy`` leaves out"""
+_NOTHING = torch.empty(0)
 Back = Callable[[Tensor], Tensor]
 Draw = Callable[[Tensor, float], Tensor]
 """``draw(hidden, p)``: what dropout multiplies ``hidden`` with, 0 or ``1 / (1 - p)``."""
@@ -52,17 +53,19 @@ class LinearChain:
     Args:
         layers: in order; at least one is ``Linear``.
         flattens: whether inputs are flattened first.
+        spec: layout of the vector; all of it belongs to these layers.
     """
 
-    def __init__(self, layers: Sequence[Linear | nn.Module], flattens: bool) -> None:
+    def __init__(self, layers: Sequence[Linear | nn.Module], flattens: bool, spec: ParamSpec) -> None:
         self.layers, self._flattens = layers, flattens
+        self._sizes, self._shapes = [item.numel for item in spec], [item.shape for item in spec]
         self._first = next(layer for layer in layers if isinstance(layer, Linear))
         self.draws = any(isinstance(layer, nn.Dropout) for layer in layers)
 
     @classmethod
     def of(cls, module: nn.Module, spec: ParamSpec) -> LinearChain | None:
         """The chain that ``module`` is, or None: nested ``Sequential`` of known layers, no hook, nothing frozen."""
-        places = {id(module.get_parameter(item.name)): item for item in spec}
+        places = {id(module.get_parameter(item.name)): i for i, item in enumerate(spec)}
         layers: list[Linear | nn.Module] = []
         flattens = False
         for layer in _leaves(module):
@@ -73,7 +76,7 @@ class LinearChain:
                 bias = None if layer.bias is None else places.pop(id(layer.bias), None)
                 if weight is None or (layer.bias is not None and bias is None):  # frozen, or used twice
                     return None
-                layers.append(Linear(weight, bias))
+                layers.append(Linear(weight, bias, layer.out_features))
             elif type(layer) is nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1):
                 flattens = flattens or not _has_linear(layers)  # further on, hidden values are flat already
             elif type(layer) in (*ELEMENTWISE, nn.Dropout):
@@ -81,7 +84,7 @@ class LinearChain:
             elif type(layer) is not nn.Identity:
                 return None
         layers = [layer for layer in layers if not (isinstance(layer, nn.Dropout) and layer.p == 0)]
-        return cls(layers, flattens) if _has_linear(layers) and not places else None
+        return cls(layers, flattens, spec) if _has_linear(layers) and not places else None
 
     def takes(self, inputs: object, stacked: bool = False) -> bool:
         """Whether ``inputs`` are vectors, or are flattened to vectors."""
@@ -91,23 +94,30 @@ class LinearChain:
         return dims >= 2 if self._flattens else dims == 2
 
     def gradient(
-        self, params: Tensor, inputs: Tensor, loss: Callable[[Tensor], tuple[Tensor, Tensor]], draw: Draw | None
+        self,
+        params: Tensor,
+        inputs: Tensor,
+        loss: Callable[[Tensor], tuple[Tensor, Tensor]],
+        draw: Draw | None,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Gradient, new and of the shape of ``params``, and what ``loss`` says beside it.
+        """Gradient, of the shape of ``params``, and what ``loss`` says beside it.
 
         Args:
             params: (P,), or (clients, P).
             inputs: (B, ...), or (clients, B, ...).
             loss: outputs (..., B, d) -> their gradient and the losses.
             draw: of the dropout; None in eval mode.
+            out: where the gradient is written (default: a new tensor).
         """
         hidden = inputs.flatten(params.ndim) if self._flattens else inputs
-        flat = torch.empty_like(params)
+        flat = torch.empty_like(params) if out is None else out
+        values, grads = self._views(params), self._views(flat)
         tape: list[Back] = []
         for layer in self.layers:
             if isinstance(layer, Linear):
-                tape.append(partial(layer.backward, hidden, params, flat, layer is not self._first))
-                hidden = layer.forward(hidden, params)
+                tape.append(partial(layer.backward, hidden, values, grads, layer is not self._first))
+                hidden = layer.forward(hidden, values)
             elif isinstance(layer, nn.Dropout):
                 if draw is not None:
                     mask = draw(hidden, layer.p)
@@ -127,43 +137,50 @@ class LinearChain:
             grad = tape.pop()(grad)
         return flat, losses
 
+    def _views(self, flat: Tensor) -> list[Tensor]:
+        """All tensors of a flat vector, in one call as far as possible: this is done twice a step."""
+        parts, clients = flat.split_with_sizes(self._sizes, -1), flat.shape[:-1]
+        return [part.view(*clients, *shape) for part, shape in zip(parts, self._shapes, strict=True)]
+
 
 @dataclass(frozen=True)
 class Linear:
     """A linear layer whose weight and bias lie in the flat vector.
 
     Args:
-        weight: (out, in).
-        bias: (out,), or none.
+        weight: which tensor of the vector is the weight (..., out, in).
+        bias: which one is the bias (..., out), or none.
+        width: outputs.
     """
 
-    weight: ParamInfo
-    bias: ParamInfo | None
+    weight: int
+    bias: int | None
+    width: int
 
-    def forward(self, hidden: Tensor, params: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, values: Sequence[Tensor]) -> Tensor:
         """(..., B, in) -> (..., B, out)."""
-        weight = _view(self.weight, params).mT
+        weight = values[self.weight].mT
         if self.bias is None:
             return hidden @ weight
-        bias = _view(self.bias, params)
-        if params.ndim == 1:
-            return torch.addmm(bias, hidden, weight)
-        return torch.baddbmm(bias.unsqueeze(1), hidden, weight)
+        bias = values[self.bias]
+        return torch.addmm(bias, hidden, weight) if bias.ndim == 1 else torch.baddbmm(bias.unsqueeze(1), hidden, weight)
 
-    def backward(self, hidden: Tensor, params: Tensor, flat: Tensor, further: bool, grad: Tensor) -> Tensor:
-        """Write the gradients of weight and bias to ``flat``; returns that of ``hidden``, if asked for.
+    def backward(
+        self, hidden: Tensor, values: Sequence[Tensor], grads: Sequence[Tensor], further: bool, grad: Tensor
+    ) -> Tensor:
+        """Write the gradients of weight and bias; returns that of ``hidden``, if asked for.
 
         Args:
             hidden: (..., B, in) input of the forward pass.
-            params: (..., P).
-            flat: (..., P), written.
+            values: all tensors of the vector.
+            grads: their gradients, written.
             further: whether the gradient of ``hidden`` is needed; otherwise nothing is returned, (0,).
             grad: (..., B, out).
         """
-        torch.matmul(grad.mT, hidden, out=_view(self.weight, flat))
+        torch.matmul(grad.mT, hidden, out=grads[self.weight])
         if self.bias is not None:
-            torch.sum(grad, dim=-2, out=_view(self.bias, flat))
-        return grad @ _view(self.weight, params) if further else grad.new_empty(0)
+            torch.sum(grad, dim=-2, out=grads[self.bias])
+        return grad @ values[self.weight] if further else _NOTHING
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -178,18 +195,12 @@ def cross_entropy(outputs: Tensor, targets: Tensor, weights: Tensor | None = Non
         Gradient (N, classes); the mean loss, or with ``weights`` the losses (N,).
     """
     aten = torch.ops.aten
-    logs = aten._log_softmax(outputs, 1, False)
+    logs = outputs.log_softmax(1)
     reduction = 1 if weights is None else 0
-    losses, total = aten.nll_loss_forward(logs, targets, None, reduction, IGNORED)
+    losses, total = aten.nll_loss_forward.default(logs, targets, None, reduction, IGNORED)
     weights = torch.ones_like(losses) if weights is None else weights
-    grad = aten.nll_loss_backward(weights, logs, targets, None, reduction, IGNORED, total)
-    return aten._log_softmax_backward_data(grad, logs, 1, outputs.dtype), losses
-
-
-def _view(info: ParamInfo, flat: Tensor) -> Tensor:
-    """``info.view(flat)``; this is called so often that it counts."""
-    part = flat.narrow(-1, info.start, info.stop - info.start)
-    return part.view(info.shape) if flat.ndim == 1 else part.view(flat.shape[0], *info.shape)
+    grad = aten.nll_loss_backward.default(weights, logs, targets, None, reduction, IGNORED, total)
+    return aten._log_softmax_backward_data.default(grad, logs, 1, outputs.dtype), losses
 
 
 def _through(before: Tensor, after: Tensor, grad: Tensor) -> Tensor:
@@ -198,7 +209,7 @@ def _through(before: Tensor, after: Tensor, grad: Tensor) -> Tensor:
 
 
 def _through_relu(after: Tensor, grad: Tensor) -> Tensor:
-    return torch.ops.aten.threshold_backward(grad, after, 0.0)  # type: ignore[no-any-return]
+    return torch.ops.aten.threshold_backward.default(grad, after, 0.0)  # type: ignore[no-any-return]
 
 
 def _leaves(module: nn.Module) -> Iterator[nn.Module]:

@@ -150,7 +150,7 @@ class Learner:
             draw = _mask
 
         def loss(outputs: Tensor) -> tuple[Tensor, Tensor]:
-            if self._output_loss is F.cross_entropy and outputs.ndim == 2 and batch[1].dtype == torch.int64:
+            if self._output_loss is F.cross_entropy and batch[1].dtype == torch.int64 and batch[1].ndim == 1:
                 return cross_entropy(outputs, batch[1])
             with torch.enable_grad():
                 value = self._output_loss(outputs.requires_grad_(), batch[1])

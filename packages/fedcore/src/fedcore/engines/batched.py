@@ -115,7 +115,8 @@ class _Stack:
         ((rank, self.learner),) = federation.learners.items()
         self.algorithm = federation.algorithms[rank]
         dtype = torch.promote_types(self.learner.spec.dtype, torch.float32)
-        self.data = StackedData([federation.data[client.id] for client in clients], self.learner.device, dtype)
+        data = [federation.data[client.id] for client in clients]
+        self.data = StackedData(data, self.learner.device, dtype, gradient.scratch)
         self.seeds = [federation.plan.rng(work.ctx.round, client.id) for client in clients]
         self.augments = any(federation.data[client.id].augments for client in clients)
         self.losses = torch.zeros(len(clients), dtype=torch.float64, device=self.learner.device)
@@ -144,7 +145,8 @@ class _Stack:
         if work.buffers:
             self.learner.load_buffers(work.buffers)
         start, local = algorithm.local_init(received, message, state, ctx, self._full_gradient)
-        params, local = self._steps(start.expand(len(self.clients), -1).clone(), local)
+        params = self.gradient.scratch.empty((len(self.clients), start.shape[-1]), start.dtype, start.device)
+        params, local = self._steps(params.copy_(start), local)
         upload, state = algorithm.local_finish(start, params, message, state, local, ctx)
         extra = tree_bytes(work.buffers)
         sent = tree_bytes(upload) // len(self.clients) + extra

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fedcore.engines.scratch import Scratch
 from fedcore.engines.stacked_gradients import StackedBatch
 
 if TYPE_CHECKING:
@@ -30,13 +31,17 @@ class StackedData:
         clients: theirs, in the order of the stack.
         device: where batches go.
         dtype: of the weights of samples.
+        scratch: memory of batches.
 
     Attributes:
         errors: what the data of a client raised, by its place in the stack. Its batches are replaced by another's.
     """
 
-    def __init__(self, clients: Sequence[ClientData], device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, clients: Sequence[ClientData], device: torch.device, dtype: torch.dtype, scratch: Scratch | None = None
+    ) -> None:
         self._clients, self._device, self._dtype = clients, device, dtype
+        self._scratch = scratch or Scratch()
         stored = [client.tensors for client in clients]
         first = stored[0]
         self.stored = all(tensors is not None and len(tensors) == 2 for tensors in stored)
@@ -92,14 +97,18 @@ class StackedData:
         """Stored inputs and targets (clients, n, ...) at ``rows``, n of each of the first clients."""
         if self._shared:
             together, tensors = torch.cat(list(rows)), self._clients[0].tensors or ()
-            return [
-                tensor.index_select(0, together.to(tensor.device)).unflatten(0, (len(rows), -1)) for tensor in tensors
-            ]
+            found = []
+            for tensor in tensors:
+                out = self._scratch.empty((together.numel(), *tensor.shape[1:]), tensor.dtype, tensor.device)
+                torch.index_select(tensor, 0, together.to(tensor.device), out=out)
+                found.append(out.unflatten(0, (len(rows), -1)))
+            return found
         stacks: list[Tensor] = []
         for kind in range(2):
             parts = [self._clients[i].tensors[kind] for i in range(len(rows))]  # type: ignore[index]
             _check(parts)
-            stack = parts[0].new_empty((len(rows), rows[0].numel(), *parts[0].shape[1:]))
+            shape = (len(rows), rows[0].numel(), *parts[0].shape[1:])
+            stack = self._scratch.empty(shape, parts[0].dtype, parts[0].device)
             for place, part in enumerate(parts):
                 torch.index_select(part, 0, rows[place].to(part.device), out=stack[place])
             stacks.append(stack)
@@ -147,6 +156,7 @@ class Windows:
     def __init__(self, data: StackedData, rows: Sequence[Sequence[Tensor]]) -> None:
         self._data, self._rows = data, rows
         self._sizes = [[row.numel() for row in client] for client in rows]
+        self._lines = [torch.cat(list(client)) for client in rows] if data.stored else []
         self._start = self._stop = self._active = 0
         self._inputs = self._targets = torch.empty(0)
         self._full: Tensor | None = None
@@ -159,10 +169,10 @@ class Windows:
             self._gather(k, active)
         sizes, at = [client[k] for client in self._sizes[:active]], k - self._start
         if self._full is not None:
-            return StackedBatch(self._inputs[:, at], self._targets[:, at], self._full, sizes)
+            return StackedBatch(self._inputs[:, at], self._targets[at], self._full, sizes)
         largest = max(sizes)
         weights = self._data.weights(sizes, sizes)
-        return StackedBatch(self._inputs[:, at, :largest], self._targets[:, at, :largest], weights, sizes)
+        return StackedBatch(self._inputs[:, at, :largest], self._targets[at, :, :largest], weights, sizes)
 
     def _gather(self, k: int, active: int) -> None:
         """Fetch the steps from k on, as long as all clients take part and memory allows."""
@@ -170,11 +180,19 @@ class Windows:
         width = max(max(client[k:]) for client in self._sizes[:active])
         steps = min(left, self._data.window(active, width))
         self._start, self._stop, self._active = k, k + steps, active
-        parts = [[_padded(row, width) for row in client[k : k + steps]] for client in self._rows[:active]]
-        inputs, targets = self._data.select([torch.cat(client) for client in parts])
-        self._inputs, self._targets = (part.unflatten(1, (steps, width)) for part in (inputs, targets))
-        sizes = {size for client in self._sizes[:active] for size in client[k : k + steps]}
-        self._full = self._data.weights([width], [width]) if sizes == {width} else None
+        windows = [sizes[k : k + steps] for sizes in self._sizes[:active]]
+        full = all(min(sizes) == width for sizes in windows)
+        if full:
+            places = [sum(sizes[:k]) for sizes in self._sizes[:active]]
+            lines = [line.narrow(0, at, steps * width) for line, at in zip(self._lines, places, strict=False)]
+        else:
+            lines = [
+                torch.cat([_padded(row, width) for row in client[k : k + steps]]) for client in self._rows[:active]
+            ]
+        self._inputs = self._targets = torch.empty(0)  # their memory serves the next ones
+        inputs, targets = (part.unflatten(1, (steps, width)) for part in self._data.select(lines))
+        self._inputs, self._targets = inputs, targets.transpose(0, 1).contiguous()
+        self._full = self._data.weights([width] * active, [width] * active) if full else None
 
 
 def _pair(batch: object) -> tuple[Tensor, Tensor]:
@@ -203,7 +221,7 @@ def _padded(part: Tensor, size: int) -> Tensor:
 def _weights(sizes: Sequence[int], counts: Sequence[int]) -> Tensor:
     """(clients, B) in float64, see ``StackedBatch``."""
     if min(sizes) == max(sizes) and min(counts) == max(counts):
-        return torch.full((1, 1), 1.0 / counts[0], dtype=torch.float64)
+        return torch.full((len(sizes), sizes[0]), 1.0 / counts[0], dtype=torch.float64)
     each = torch.tensor([1.0 / count for count in counts], dtype=torch.float64).unsqueeze(1)
     return each * (torch.arange(max(sizes)) < torch.tensor(sizes).unsqueeze(1))
 

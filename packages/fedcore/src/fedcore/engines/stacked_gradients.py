@@ -13,6 +13,7 @@ from polymodal.seeding import seed_global
 from torch import Tensor, nn
 
 from fedcore.chain import Linear, LinearChain, cross_entropy
+from fedcore.engines.scratch import Scratch
 
 if TYPE_CHECKING:
     from fedcore.spec import ParamSpec
@@ -27,8 +28,7 @@ class StackedBatch(NamedTuple):
     Args:
         inputs: (clients, B, ...); batches that are smaller repeat their first sample.
         targets: (clients, B, ...).
-        weights: (clients, B), one over the size of the client's batch, 0 for repeated samples; (1, 1) where all
-            batches have B samples.
+        weights: (clients, B), one over the size of the client's batch, 0 for repeated samples.
         sizes: samples of each batch.
     """
 
@@ -54,6 +54,7 @@ class StackedGradient(ABC):
         losses = task.sample_losses()
         assert losses is not None
         self.module, self.spec, self.sample_losses = task.module, spec, losses
+        self.scratch = Scratch()
 
     @abstractmethod
     def __call__(self, params: Tensor, batch: StackedBatch, rng: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -81,13 +82,15 @@ class Vmapped(StackedGradient):
 
     def __call__(self, params: Tensor, batch: StackedBatch, rng: Sequence[int]) -> tuple[Tensor, Tensor]:
         """See ``StackedGradient``."""
-        clients, size = batch.targets.shape[:2]
+        clients = len(batch.sizes)
         with warnings.catch_warnings():  # operations without a rule of their own run in a loop; slow, but right
             warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
             grads, losses = torch.func.vmap(torch.func.grad_and_value(self._loss))(
-                self.spec.unflatten(params), batch.inputs, batch.targets, batch.weights.expand(clients, size)
+                self.spec.unflatten(params), batch.inputs, batch.targets, batch.weights
             )
-        return torch.cat([grads[item.name].reshape(clients, -1) for item in self.spec], dim=1), losses.detach()
+        out = self.scratch.empty(params.shape, params.dtype, params.device)
+        torch.cat([grads[item.name].reshape(clients, -1) for item in self.spec], dim=1, out=out)
+        return out, losses.detach()
 
     def _loss(self, parameters: dict[str, Tensor], inputs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         outputs = torch.func.functional_call(self.module, parameters, (inputs,))
@@ -120,14 +123,15 @@ class LinearStack(StackedGradient):
         if self._chain.draws and self.module.training:
             masks = self._masks(batch, rng)
             draw = lambda hidden, p: masks.pop(0)  # noqa: E731
-        return self._chain.gradient(params, batch.inputs, lambda outputs: self._loss(outputs, batch), draw)
+        out = self.scratch.empty(params.shape, params.dtype, params.device)
+        return self._chain.gradient(params, batch.inputs, lambda outputs: self._loss(outputs, batch), draw, out)
 
     def _loss(self, outputs: Tensor, batch: StackedBatch) -> tuple[Tensor, Tensor]:
         """Gradient of the losses at ``outputs`` (clients, B, d), and the losses (clients,)."""
         clients = outputs.shape[:2]
         outputs, targets = outputs.flatten(0, 1), batch.targets.flatten(0, 1)
-        weights = batch.weights.to(outputs.dtype).expand(clients)
-        if self._cross_entropy and targets.dtype == torch.int64:
+        weights = batch.weights.to(outputs.dtype)
+        if self._cross_entropy and targets.dtype == torch.int64 and targets.ndim == 1:
             grad, losses = cross_entropy(outputs, targets, weights.reshape(-1))
         else:
             outputs.requires_grad_()
@@ -143,7 +147,7 @@ class LinearStack(StackedGradient):
         found: list[tuple[Tensor, float]] = []
         for layer in self._chain.layers:
             if isinstance(layer, Linear):
-                width = layer.weight.shape[0]
+                width = layer.width
             elif isinstance(layer, nn.Dropout):
                 found.append((batch.inputs.new_ones(clients, size, width), layer.p))
         for i in range(clients):
