@@ -72,8 +72,14 @@ class Job:
         from fedcore.module import rounds_trainer
 
         rounds_trainer(self.config.trainer, self.config.federation.rounds)
-        if self.config.trainer.patience and self.monitor is None:
-            raise UserError("trainer.patience needs a validation split; set federation.val_share above 0")
+        for option, given in (
+            (f"trainer.patience={self.config.trainer.patience}", self.config.trainer.patience),
+            ("federation.test_with=best", self.config.federation.test_with == "best"),
+        ):
+            if given and self.monitor is None:
+                raise UserError(
+                    f"{option} needs a metric of a validation split, and there is none here; raise federation.val_share"
+                )
         self.algorithm.rate(0, self.config.federation.rounds)
         self.algorithm.rate(self.config.federation.rounds - 1, self.config.federation.rounds)
         self.simulation.cohort()

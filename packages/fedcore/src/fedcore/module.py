@@ -99,7 +99,7 @@ class FederatedModule(TaskModule):
 
     Args:
         simulation: the federation; its model must be on the trainer's device.
-        splits: ``val`` and ``test`` data sets, where there are such.
+        splits: ``val`` and ``test`` data sets, where there are such; others are there to be measured.
         rounds: of the whole run.
         eval_every: rounds between evaluations; the last round is always evaluated.
         test_curve: measure the test split at each evaluation too, not only at the end.

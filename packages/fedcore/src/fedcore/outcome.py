@@ -44,6 +44,9 @@ class Outcome:
         """Final metrics by their full names; figures and the table of clients are written."""
         module, run = self.module, self.run
         final = {name: value for name, value in module.last_metrics.items() if name.startswith("test/")}
+        for split in sorted(module.splits.keys() - {"val", "test"}):
+            suffix = split.removeprefix("test_")
+            final |= {f"test/{name}_{suffix}": value for name, value in module.measure(module.splits[split]).items()}
         curves = self._curves()
         final |= self._of_curves(curves)
         clients = self._clients()
@@ -65,15 +68,12 @@ class Outcome:
 
     def _of_curves(self, curves: Mapping[str, Sequence[tuple[int, float]]]) -> dict[str, float]:
         """Best value, mean of the last, rounds to the target, of every split that was followed; last validation."""
-        found: dict[str, float] = {}
+        found = {name: points[-1][1] for name, points in curves.items() if name.startswith("val/")}
         for split in ("val", "test"):
             name = f"{split}/accuracy"
             points = curves.get(name, [])
             if split == "test" and self.module.tested_step is None:
                 continue
-            for metric in ("accuracy", "loss") if split == "val" else ():
-                if curves.get(f"val/{metric}"):
-                    found[f"val/{metric}"] = curves[f"val/{metric}"][-1][1]
             if not points:
                 continue
             values = [value for _, value in points]
@@ -86,13 +86,16 @@ class Outcome:
         return found
 
     def _clients(self) -> list[dict[str, Any]]:
-        """Metrics of the global model on each client's own training samples."""
-        rows = []
-        for client, data in enumerate(self.module.simulation.federation.data):
+        """Metrics of the global model on each client's own training samples, or some of them."""
+        most = self.config.federation.client_samples
+        rows: list[dict[str, Any]] = []
+        if not most:
+            return rows
+        for client, data in enumerate(self.prepared.clients):
             if not len(data):
                 continue
             try:
-                measured = self.module.measure(data)
+                measured = self.module.measure(_some(data, most, client))
             except Exception as error:  # whatever a client's data raises: it has dropped the client in training too
                 what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
                 log.warning("client %d is left out of the metrics by client: %s", client, what)
@@ -149,17 +152,31 @@ class Outcome:
         """How each final metric was measured."""
         federation = self.config.federation
         which = "last model" if federation.test_with == "last" else "best model on validation"
-        own = f"{which}, each client's own training samples"
         rules = {
-            "client/": own,
+            "client/": f"{which}, each client's own training samples, {federation.client_samples} at most",
             "landscape/": f"{which}, {federation.flatness} training samples",
             "comm/": "sum over rounds, every client of a cohort counted",
+            "val/": "last model",
+            "test/": which,
         }
-        signatures = {}
-        for name in final:
-            rule = next((text for start, text in rules.items() if name.startswith(start)), "")
-            signatures[name] = rule or (which if name in ("test/accuracy", "test/loss") else "curve over rounds")
-        return signatures
+        return {name: "curve over rounds" if _of_curve(name) else rules[f"{name.partition('/')[0]}/"] for name in final}
+
+
+def _of_curve(name: str) -> bool:
+    """Whether a final metric sums up a curve."""
+    return name.endswith(("_best", f"_mean{TAIL}", "/rounds_to_target"))
+
+
+def _some(data: Any, most: int, client: int) -> Any:
+    """At most so many samples of a client, always the same ones."""
+    if len(data) <= most:
+        return data
+    chosen = np.sort(numpy_rng(0, "client metrics", client).permutation(len(data))[:most])
+    if hasattr(data, "subset"):
+        return data.subset(chosen)
+    from torch.utils.data import Subset
+
+    return Subset(data, chosen.tolist())
 
 
 def _quantiles(values: Sequence[float]) -> dict[str, float]:
@@ -183,7 +200,7 @@ def closing_table(final: Mapping[str, float], config: FedConfig, totals: Mapping
         rows.append(["clients dropped", str(totals["dropped"])])
     for name, value in final.items():
         split, _, metric = name.partition("/")
-        if split in ("val", "test") and not metric.startswith(("accuracy_", "rounds")):
+        if split in ("val", "test") and not _of_curve(name):
             rows.append([f"{metric} ({split})", f"{value:.4f}"])
     for split in ("val", "test"):
         best, mean = final.get(f"{split}/accuracy_best"), final.get(f"{split}/accuracy_mean{TAIL}")

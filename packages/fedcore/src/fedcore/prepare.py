@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Prepared", "make_simulation", "prepare"]
 
+log = logging.getLogger(__name__)
+
 
 @dataclass
 class Prepared:
@@ -32,12 +35,13 @@ class Prepared:
     Args:
         model: a module with its first weights, on the run's device.
         clients: one data set a client.
-        splits: ``val`` and ``test``; None where there is no such split.
+        splits: ``val``, ``test`` and further test splits; None where there is no such split.
         train: training samples of all clients without augmentation, for the landscape; None where they are not known.
         loss: mean loss of ``(outputs, targets)`` for plain models.
         monitor: metric that picks the best model, ``""`` where none is known.
         facts: name, fingerprint, sizes and partition of the data, for the manifest.
         world: clients of a data reader, with their labels.
+        scores: what models are reported by, names in ``fedcore.data.metrics``; none: what the module says.
     """
 
     model: nn.Module
@@ -48,6 +52,14 @@ class Prepared:
     monitor: str
     facts: dict[str, Any] = field(default_factory=dict)
     world: World | None = None
+    scores: tuple[str, ...] = ()
+
+    @property
+    def task(self) -> Any:
+        """What is trained: the model, with the scores of its data set where they are more than accuracy."""
+        from fedcore.scored import ScoredTask
+
+        return ScoredTask(self.model, self.loss, self.scores) if self.scores not in ((), ("accuracy",)) else self.model
 
     @property
     def parameters(self) -> int:
@@ -64,8 +76,6 @@ def prepare(config: FedConfig) -> Prepared:
     device = device_of(config.trainer.accelerator)
     found = _own_datasets(config) if config.datasets else _reader_datasets(config)
     found.model.to(device)
-    if not config.federation.val_share and not config.datasets:
-        found.monitor = ""
     return found
 
 
@@ -93,7 +103,7 @@ def make_simulation(config: FedConfig, found: Prepared, algorithm: Algorithm | N
     federation = config.federation
     chosen = algorithm or create(config.algorithm, **config.options_of_algorithm())
     return Simulation(
-        found.model,
+        found.task,
         found.clients,
         chosen,
         loss=found.loss,
@@ -118,6 +128,7 @@ def _reader_datasets(config: FedConfig) -> Prepared:
     from fedcore.world import build_world, make_model
 
     data = config.data
+    data.fit_to_model(config.model.name)
     world = build_world(data, config.partition, val_share=config.federation.val_share, seed=config.seed)
     facts = {
         **data.describe(),
@@ -130,9 +141,13 @@ def _reader_datasets(config: FedConfig) -> Prepared:
         model = _own_module(config, offered)
     else:
         model = make_model(config.model, world, seed=config.seed, vocabulary=data.vocabulary)
-    monitor = "" if config.module else ("val/loss" if data.regression else "val/accuracy")
+    monitor = "" if config.module or world.val is None else ("val/loss" if data.regression else "val/accuracy")
+    if world.val is None and config.federation.val_share:
+        log.warning("federation.val_share=%g keeps no sample of any class: no validation", config.federation.val_share)
     splits = {"val": world.val, "test": world.test}
-    return Prepared(model, world.clients, splits, world.train, world.loss, monitor, facts, world)
+    splits |= {name: data.load(name) for name in data.splits if name not in ("train", *splits)}
+    scores = () if config.module else data.metrics
+    return Prepared(model, world.clients, splits, world.train, world.loss, monitor, facts, world, scores)
 
 
 def _own_datasets(config: FedConfig) -> Prepared:

@@ -80,13 +80,16 @@ class FederationConfig:
     """final test of the last model, or of the one that was best on validation"""
     target: float = 0.0
     """accuracy, 0..1, whose rounds are counted (0: none)"""
+    client_samples: int = 200
+    """own samples of each client on which it is measured at the end (0: not measured)"""
     flatness: int = 1000
     """training samples for Hessian eigenvalue and sharpness at the end (0: not measured)"""
 
     def __post_init__(self) -> None:
-        for name, least in (("rounds", 1), ("batch_size", 1), ("local_epochs", 1), ("eval_every", 1), ("flatness", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"federation.{name}={getattr(self, name)}; expected at least {least}")
+        least = dict.fromkeys(("rounds", "batch_size", "local_epochs", "eval_every"), 1)
+        for name, bound in {**least, "client_samples": 0, "flatness": 0}.items():
+            if getattr(self, name) < bound:
+                raise UserError(f"federation.{name}={getattr(self, name)}; expected at least {bound}")
         if not 0 < self.fraction <= 1:
             raise UserError(
                 f"federation.fraction={self.fraction} leaves no client in a round; expected 0 < fraction <= 1"

@@ -83,6 +83,7 @@ def train(config: FedConfig) -> None:
     set_threads(config.threads)
     job = Job(config)
     if not config.datasets:
+        config.data.fit_to_model(config.model.name)
         config.data.check()
     job.check()
     if config.dry_run:

@@ -221,6 +221,7 @@ SETTINGS = {
     "memory": ["--federation.state_memory_mib", "0"],
     "rates": ["--lr", "0.05", "--federation.round_lr", "cosine", "--algorithm_options.rho", "0.5"],
     "patience": ["--trainer.patience", "1", "--rounds", "6"],
+    "few samples a client": ["--federation.client_samples", "20"],
     "cadence": ["--trainer.checkpoint_every_epochs", "2", "--rounds", "5"],
 }
 

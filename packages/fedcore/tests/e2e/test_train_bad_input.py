@@ -54,7 +54,7 @@ def status(folder: Path) -> str:
         (["--federation.target", "90"], "federation.target=90.0; expected 0..1"),
         (["--federation.workers", "0"], "federation.workers=0; expected at least 1"),
         (["--federation.val_share", "0", "--federation.test_with", "best"], "test_with=best needs a validation split"),
-        (["--federation.val_share", "0", "--trainer.patience", "2"], "trainer.patience needs a validation split"),
+        (["--federation.val_share", "0", "--trainer.patience", "2"], "patience=2 needs a metric of a validation split"),
         (["--engine", "quick"], "quick"),
         (["--clients", "0"], "partition.clients=0; expected at least 1"),
         (["--clients", "5000"], "5000 clients for"),

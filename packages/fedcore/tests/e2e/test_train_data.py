@@ -1,0 +1,92 @@
+"""fed-train on files in the official layouts: what each data set is reported by, and every preset at its full size."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from fedcore.train import DEFAULT_PRESETS
+from polymodal.cli import preset_names
+
+_spec = importlib.util.spec_from_file_location("fed_layouts_train", Path(__file__).parents[1] / "_data_layouts.py")
+layouts = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(layouts)
+
+LITTLE = ["--rounds", "2", "--clients", "2", "--fraction", "1", "--federation.batch_size", "4"]
+LITTLE += ["--federation.local_epochs", "1", "--partition.samples", "4", "--federation.flatness", "8"]
+WRITE: dict[str, Callable[[Path], object]] = {
+    "fashion_mnist": lambda folder: layouts.fashion(folder),
+    "cifar10": lambda folder: layouts.cifar10(folder, each=40),
+    "cifar100": lambda folder: layouts.cifar100(folder),
+    "tiny_imagenet": lambda folder: layouts.tiny_imagenet(folder, each=40),
+    "text_domains": lambda folder: layouts.text_domains(folder),
+    "glue": lambda folder: layouts.glue(folder),
+}
+
+
+@pytest.fixture(autouse=True)
+def _cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("POLYMODAL_CACHE", str(tmp_path / "cache"))
+
+
+def manifest(folder: Path) -> dict:
+    return json.loads((folder / "manifest.json").read_text())
+
+
+SMALL = {
+    "fashion_mnist": ("mlp", {"test/accuracy", "test/loss"}),
+    "cifar10": ("mlp", {"test/accuracy", "test/loss"}),
+    "text_domains": ("bag", {"test/accuracy", "test/loss"}),
+    "glue:cola": ("bag", {"test/accuracy", "test/matthews", "test/loss"}),
+    "glue:mrpc": ("bag", {"test/accuracy", "test/f1", "test/loss"}),
+    "glue:stsb": ("bag", {"test/pearson", "test/spearman", "test/loss"}),
+    "glue:mnli": ("bag", {"test/accuracy", "test/accuracy_mismatched", "test/loss", "test/loss_mismatched"}),
+}
+
+
+@pytest.mark.parametrize("data", SMALL)
+def test_official_files_are_trained_on(fed_train, only_run, tmp_path: Path, data: str) -> None:
+    model, metrics = SMALL[data]
+    written = WRITE[data.partition(":")[0]](tmp_path / "files")
+    root = written[0] if isinstance(written, tuple) else written
+    options = ["--model", model, "--model.options", "{dim: 8}" if model == "bag" else "{hidden: [8]}"]
+    text = ["--data.buckets", "64"] if model == "bag" else []
+    validate = ["--federation.val_share", "0"] if data.startswith("glue") else []  # three lines a task
+    result = fed_train("--data", data, "--data.root", root, *LITTLE, *options, *text, *validate, "--partition", "iid")
+    assert result.code == 0, result.err
+    assert f"preset {DEFAULT_PRESETS[data]} " in result.err
+    facts = manifest(only_run())
+    assert facts["status"] == "finished"
+    found = {name for name in facts["metrics"] if name.startswith("test/")}
+    assert metrics <= found
+    assert {name for name in found if not name.endswith(("_best", "_mean10", "_to_target"))} == metrics
+    assert facts["data"]["clients"] == 2
+
+
+PUBLISHED = sorted(name for name in preset_names("fedcore") if name.startswith(("fedswa_", "fedadamw_c", "fedmuon_")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_presets_at_their_full_size_take_two_steps(
+    fed_train, only_run, tmp_path: Path, record_property, preset
+) -> None:
+    """Full-size model and client files, a cohort of two clients of a hundred, one step each."""
+    data = next(name for name in ("cifar100", "cifar10", "tiny_imagenet") if name in preset)
+    written = WRITE[data](tmp_path / "files")
+    root = written[0] if isinstance(written, tuple) else written
+    few = ["--rounds", "1", "--fraction", "0.02", "--federation.max_steps", "1", "--federation.flatness", "0"]
+    few += ["--federation.client_samples", "0", "--engine", "serial"]
+    result = fed_train("--config", preset, "--data.root", root, *few)
+    assert result.code == 0, result.err
+    facts = manifest(only_run())
+    record_property("peak_mib", facts["peak_mib"])
+    assert facts["data"]["clients"] == 100
+    parameters = {"resnet18": 11_000_000, "deit_tiny": 2_700_000}["deit_tiny" if "deit" in preset else "resnet18"]
+    # FedMoSWA and FedMuon send a second vector up, FedAdamW only means of blocks.
+    vectors = 1 if "fedadamw" in preset else 2
+    assert facts["metrics"]["comm/up_bytes_total"] == pytest.approx(2 * vectors * 4 * parameters, rel=0.05)
+    assert 8 * parameters / 2**20 < facts["peak_mib"] < 6000
