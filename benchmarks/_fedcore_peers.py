@@ -79,7 +79,7 @@ def pfl_rounds(workload: Workload, data: list[TensorDataset], runs: int) -> Samp
 
     logging.getLogger("pfl").setLevel(logging.ERROR)
     asyncio.set_event_loop(asyncio.new_event_loop())
-    rounds = runs + WARMUP + 1
+    rounds = runs + WARMUP
     FederatedAveraging().run(
         NNAlgorithmParams(rounds, 10**6, max(1, workload.clients // 10), 0),
         SimulatedBackend(dataset(), dataset()),
@@ -127,7 +127,7 @@ def flower_rounds(workload: Workload, runs: int) -> tuple[Samples, float]:
         weights = [value.numpy() for value in workload.network().state_dict().values()]
         share = max(1, workload.clients // 10) / workload.clients
         strategy = Timed(fraction_fit=share, fraction_evaluate=0.0, initial_parameters=ndarrays_to_parameters(weights))
-        return ServerAppComponents(strategy=strategy, config=ServerConfig(num_rounds=runs + WARMUP + 1))
+        return ServerAppComponents(strategy=strategy, config=ServerConfig(num_rounds=runs + WARMUP))
 
     def client(context: Any) -> Any:
         return Client(int(context.node_config["partition-id"])).to_client()
