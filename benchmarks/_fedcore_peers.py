@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import json
 import logging
+import os
+import subprocess
+import sys
 import time
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks._bench import Samples
 
@@ -16,6 +25,8 @@ if TYPE_CHECKING:
 
     from benchmarks._fedcore_inputs import Workload
 
+SECONDS = 600
+"""after which a simulator is given up: Ray waits for ever where it cannot open its ports"""
 WARMUP = 2
 """rounds that do not count"""
 
@@ -23,6 +34,22 @@ WARMUP = 2
 def have(name: str) -> bool:
     """Whether a package can be imported."""
     return importlib.util.find_spec(name) is not None
+
+
+def peer_rounds(peer: str, workload: Workload, runs: int) -> tuple[Samples, float] | None:
+    """Rounds of a simulator in a process of its own, and seconds before the second one; None where it does not run."""
+    given = json.dumps({**asdict(workload), "peer": peer, "runs": runs})
+    command = [sys.executable, str(Path(__file__).resolve()), given]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment, timeout=SECONDS
+        )
+        found = json.loads(done.stdout.splitlines()[-1])
+    except (subprocess.TimeoutExpired, ValueError, IndexError):
+        sys.stderr.write(f"{peer} does not run here\n")
+        return None
+    return Samples(found["wall"], found["cpu"]), found["started"]
 
 
 class _Clock:
@@ -168,3 +195,24 @@ def _trained(network: nn.Module, batches: list[tuple[Tensor, ...]], parameters: 
         F.cross_entropy(network(inputs), targets).backward()
         optimizer.step()
     return [value.numpy() for value in network.state_dict().values()]
+
+
+def _alone(given: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    from benchmarks._fedcore_inputs import Workload
+
+    torch.set_num_threads(1)
+    peer, runs = given.pop("peer"), given.pop("runs")
+    workload = Workload(**given)
+    if peer == "pfl":
+        began = time.perf_counter()
+        samples = pfl_rounds(workload, workload.data(), runs)
+        started = time.perf_counter() - began - sum(samples.wall)
+    else:
+        samples, started = flower_rounds(workload, runs)
+    return {**asdict(samples), "started": started}
+
+
+if __name__ == "__main__":
+    sys.stdout.write("\n" + json.dumps(_alone(json.loads(sys.argv[1]))) + "\n")

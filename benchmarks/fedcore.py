@@ -140,28 +140,22 @@ def start(options: Options) -> list[Row]:
 
 
 def peers(options: Options) -> list[Row]:
-    """Other simulators, where they are installed; the floor runs in the same process before them."""
-    from benchmarks._fedcore_peers import flower_rounds, have, pfl_rounds
+    """Other simulators, where they are installed, in processes of their own; the floor runs before each."""
+    from benchmarks._fedcore_peers import have, peer_rounds
 
+    known = [("pfl", "pfl-research", have("pfl")), ("flwr", "Flower, 2 cores", have("flwr") and have("ray"))]
     rows: list[Row] = []
     for workload in _sizes(options, MLP_100, MLP_500, CNN_100):
         data = workload.data()
         runs = options.times(max(3, workload.runs // 5))
-        if have("pfl"):
-            floor = interleave({"floor": workload.floor(data)}, runs)["floor"]
-            theirs = pfl_rounds(workload, data, runs)
-            rows.append(overhead(f"pfl-research, {workload.name}", theirs, _first(floor, theirs)))
-        if have("flwr") and have("ray"):
-            floor = interleave({"floor": workload.floor(data)}, runs)["floor"]
-            theirs, started = flower_rounds(workload, runs)
-            rows.append(overhead(f"Flower, 2 cores, {workload.name}", theirs, _first(floor, theirs)))
-            rows.append(value(f"Flower, {workload.name}: start-up and first round", "s", [started]))
+        for peer, name, here in known:
+            floor = interleave({"floor": workload.floor(data)}, runs)["floor"] if here else Samples()
+            found = peer_rounds(peer, workload, runs) if here else None
+            if found is not None:
+                rows.append(overhead(f"{name}, {workload.name}", found[0], floor))
+            if found is not None and peer == "flwr":
+                rows.append(value(f"{name}, {workload.name}: start-up and first round", "s", [found[1]]))
     return rows
-
-
-def _first(samples: Samples, like: Samples) -> Samples:
-    """As many runs as ``like`` has."""
-    return Samples(samples.wall[: len(like.wall)], samples.cpu[: len(like.cpu)])
 
 
 def device(options: Options) -> list[Row]:
