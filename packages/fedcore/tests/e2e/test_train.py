@@ -195,7 +195,7 @@ def test_the_console_script_logs_to_wandb_offline_with_the_round_as_axis(tmp_pat
 
 # ------------------------------------------------------------------ algorithms and settings
 
-FAST = ("fedavg", "scaffold", "fedadamw", "fedmuon")
+FAST = ("scaffold", "fedmuon")
 
 
 @pytest.mark.parametrize(
@@ -246,6 +246,7 @@ def test_options_win_over_rates_and_these_over_the_presets(fed_train, tmp_path: 
         assert f"rate        {rate * 0.998:.4g} in the first round, {rate * 0.998**10:.4g} in the last" in result.out
 
 
+@pytest.mark.slow
 def test_the_best_model_is_tested_where_asked_for(fed_train, only_run) -> None:
     result = fed_train(*TINY, "--rounds", "6", "--lr", "2", "--federation.test_with", "best")
     assert result.code == 0, result.err

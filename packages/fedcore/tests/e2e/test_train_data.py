@@ -47,7 +47,12 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("data", SMALL)
+FAST = ("cifar10", "glue:mnli", "glue:stsb")
+
+
+@pytest.mark.parametrize(
+    "data", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in SMALL]
+)
 def test_official_files_are_trained_on(fed_train, only_run, tmp_path: Path, data: str) -> None:
     model, metrics = SMALL[data]
     written = WRITE[data.partition(":")[0]](tmp_path / "files")

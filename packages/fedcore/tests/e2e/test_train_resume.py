@@ -168,7 +168,7 @@ MOMENTS: dict[str, Patch] = {
     "before the test": at_call(module.FederatedModule, "test_step", 1),
     "in the landscape": at_call(landscape, "hessian_product", 2),
 }
-FAST = {"in round 4", "states of round 3 without a checkpoint", "half a row of metrics", "in the landscape"}
+FAST = {"states of round 3 without a checkpoint", "half a row of metrics"}
 
 
 @pytest.mark.parametrize("moment", [m if m in FAST else pytest.param(m, marks=pytest.mark.slow) for m in MOMENTS])

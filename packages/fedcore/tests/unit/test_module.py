@@ -223,8 +223,16 @@ def test_the_best_weights_are_measured_without_touching_the_simulation(start) ->
 # ------------------------------------------------------------------ resume
 
 
-@pytest.mark.parametrize("name", ["fedavg", "fedmoswa", "fedacg", "server_swa"])
-@pytest.mark.parametrize("beside", [True, False])
+@pytest.mark.parametrize(
+    ("name", "beside"),
+    [
+        ("fedmoswa", True),
+        ("fedmoswa", False),
+        ("server_swa", True),
+        pytest.param("fedavg", True, marks=pytest.mark.slow),
+        pytest.param("fedacg", False, marks=pytest.mark.slow),
+    ],
+)
 def test_stopped_and_resumed(start, tmp_path: Path, name: str, beside: bool) -> None:
     whole, whole_run = start(simulation(name, norm=True), beside=beside)
     with pytest.raises(RuntimeError, match="killed"):
