@@ -20,11 +20,27 @@ class RoundsTrainer(TrainerConfig):
     """How to train; an epoch is a round."""
 
     max_epochs: int = 0
-    """not used; see federation.rounds"""
+    """not used here: federation.rounds"""
+    max_steps: int = -1
+    """not used here: federation.rounds"""
+    devices: int = 1
+    """not used here: federation.engine"""
+    precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = "32-true"
+    """not used here: clients train in 32 bit"""
     clip_grad: float = 0.0
-    """not used; see the algorithm's clip_grad"""
+    """not used here: the algorithm's clip_grad"""
+    accumulate: int = 1
+    """not used here: federation.batch_size"""
+    val_every_epochs: int = 1
+    """not used here: federation.eval_every"""
+    patience: int = 0
+    """evaluations without a better validation before the run stops (0: off)"""
     log_every_steps: int = 1
     """rounds between rows of train/, comm/ and perf/ metrics"""
+    checkpoint_every_epochs: int = 1
+    """rounds between checkpoints (0: only by time)"""
+    checkpoint_every_steps: int = 0
+    """not used here: checkpoint_every_epochs"""
 
     def __post_init__(self) -> None:
         TrainerConfig.__post_init__(self)
@@ -36,6 +52,7 @@ class RoundsTrainer(TrainerConfig):
             ("clip_grad", 0.0, "set algorithm_options.clip_grad, which clips each client's gradient"),
             ("accumulate", 1, "set federation.batch_size"),
             ("devices", 1, "clients share one device; set federation.engine=pool for several CPU cores"),
+            ("checkpoint_every_steps", 0, "set trainer.checkpoint_every_epochs"),
             ("precision", "32-true", "leave it out: clients train in 32 bit"),
         ):
             if getattr(self, name) != neutral:

@@ -20,6 +20,7 @@ __all__ = ["DEFAULT_PRESETS", "list_methods", "main", "train"]
 EXAMPLE = """
 fed-train                                           # digits, 40 clients, FedMoSWA: about a minute
 fed-train --algorithm scaffold --seed 1             # a rival on the same data
+fed-train --alpha 0.6 --clients 100 --rounds 200 --lr 0.2 --model.options '{hidden: [200]}'
 fed-train --data cifar100 --data.root DIR --model resnet18_gn --algorithm fedadamw
 fed-train --module my_task.py:MyTask --datasets my_task.py:clients     # any TaskModule
 fed-train --resume runs/fedcore/RUN                 # go on after Ctrl-C or a crash
