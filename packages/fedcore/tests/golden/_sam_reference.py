@@ -157,7 +157,7 @@ def fednsam(setting, r=0.05, lam=0.85, b=0.0):
     return Result(thetas, {"m": m}, {})
 
 
-def fedspeed(setting, r=0.1, alpha=1.0, lam=10.0, dual_mean="cohort"):
+def fedspeed(setting, r=0.1, alpha=1.0, lam=10.0, dual_mean="all"):
     theta, thetas, zeros = setting.problem.start, [], np.zeros_like(setting.problem.start)
     moved = {i: zeros for i in range(setting.problem.clients)}
     met = set()

@@ -30,10 +30,10 @@ CASES = [
     ("fedgamma", {"r": 0.5}),
     ("fednsam", {}),
     ("fednsam", {"r": 0.5, "lam": 0.4, "b": 0.3}),
-    ("fedspeed", {}),
-    ("fedspeed", {"r": 0.5, "alpha": 0.4, "lam": 3.0}),
+    ("fedspeed", {"dual_mean": "cohort"}),
+    ("fedspeed", {"r": 0.5, "alpha": 0.4, "lam": 3.0, "dual_mean": "cohort"}),
 ]
-UNIFORM_ONLY = [("fedspeed", {"r": 0.3, "alpha": 0.8, "lam": 5.0, "dual_mean": "all"})]
+UNIFORM_ONLY = [("fedspeed", {}), ("fedspeed", {"r": 0.3, "alpha": 0.8, "lam": 5.0})]
 PARTIAL = [[0, 3], [1, 2, 4], [3], [0, 1, 4], [2, 3]]
 SCENARIOS = {
     "all": ({"lr": 0.2}, {"cohorts": [[0, 1, 2, 3, 4]] * 4}),
@@ -114,8 +114,8 @@ def test_degenerate_case(one, other):
 
 
 NEARLY = [
-    (("fedspeed", {"r": 0.0, "lam": 8.0, "dual_mean": "all"}), ("feddyn", {"a": 0.125})),
-    (("fedspeed", {"alpha": 0.0, "lam": 8.0, "dual_mean": "all"}), ("feddyn", {"a": 0.125})),
+    (("fedspeed", {"r": 0.0, "lam": 8.0}), ("feddyn", {"a": 0.125})),
+    (("fedspeed", {"alpha": 0.0, "lam": 8.0}), ("feddyn", {"a": 0.125})),
     (("fedasam", {"r": 1e-7, "a": 1e6}), ("fedsam", {"r": 0.1})),
 ]
 
@@ -141,7 +141,7 @@ def test_first_rounds():
 
 def test_dual_variables_of_everyone_are_those_of_the_cohort_when_all_take_part():
     problem = softmax.make(seed=7)
-    one, _ = run.trajectory(create("fedspeed", dual_mean="all"), problem, rounds=4)
+    one, _ = run.trajectory(create("fedspeed"), problem, rounds=4)
     other, _ = run.trajectory(create("fedspeed", dual_mean="cohort"), problem, rounds=4)
     for a, b in zip(one, other, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)

@@ -24,7 +24,7 @@ METHODS = [
     ("fedgamma", {}),
     ("fednsam", {"b": 0.2}),
     ("fedspeed", {"alpha": 0.6}),
-    ("fedspeed", {"dual_mean": "all"}),
+    ("fedspeed", {"dual_mean": "cohort"}),
 ]
 
 

@@ -19,6 +19,10 @@ class FedCMAdamW(AdamFamily):
     Moments start every round from zero; D is zero in the first. The mixture enters both moments, after clipping.
     ``beta=1`` is ``local_adamw``. Sends 2 P floats down and P up.
 
+    At FedCM's beta of 0.1 it runs away: a move of AdamW is about as long as the rate whatever the gradients are, so
+    that D enters with nine times its weight and moves of consecutive rounds soon point the same way (digits: near
+    chance at every rate).
+
     Source: baseline of the FedAdamW paper, arXiv 2510.27486, after FedCM: Xu et al. 2021, arXiv 2106.10874.
 
     Args:
