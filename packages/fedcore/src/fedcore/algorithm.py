@@ -143,6 +143,12 @@ class Algorithm:
     """How the engine reduces uploads: streamed ``mean`` or ``sum`` in client-id order, or a ``list`` of them all."""
     keeps_state: ClassVar[bool] = False
     """Whether clients keep something between rounds."""
+    shifts_base: ClassVar[bool] = False
+    """Whether frozen weights change between rounds, see ``base_shift``; such clients run one after the other."""
+    adapters: ClassVar[bool] = False
+    """Whether it trains low-rank adapters (``spec.adapters``), perhaps of unequal ranks."""
+    private: ClassVar[bool] = False
+    """Whether uploads go through a privacy mechanism; ``reduced`` is then noisy, see ``fedcore.privacy``."""
 
     lr: float = 0.1
     round_lr: RoundLr = "exp"
@@ -207,6 +213,13 @@ class Algorithm:
         """What a client is sent: parameters (P_k,) of its model and a message. Both are counted as bytes down."""
         return params, {}
 
+    def base_shift(self, server: Tree, params: Tensor, ctx: Context, client: Client) -> Tree:
+        """What a client adds to frozen weights of its model in this round, by parameter name ({}: they stay).
+
+        Added to what the model came with. Not counted as bytes: what travels is the message.
+        """
+        return {}
+
     def local_init(
         self, params: Tensor, message: Tree, state: Tree, ctx: Context, full_grad: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Local]:
@@ -254,6 +267,10 @@ class Algorithm:
     def evaluation_params(self, server: Tree, params: Tensor) -> Tensor:
         """What is evaluated and handed out after a round, (P,); the next round starts from ``params`` all the same."""
         return params
+
+    def evaluation_shift(self, server: Tree, params: Tensor) -> Tree:
+        """What is added to frozen weights of the largest model where ``evaluation_params`` is evaluated, by name."""
+        return {}
 
     # ------------------------------------------------------------------ for subclasses
 

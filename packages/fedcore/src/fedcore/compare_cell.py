@@ -130,15 +130,19 @@ class CellRunner:
         }
 
     def _simulation(self, cell: Cell) -> Simulation:
-        from fedcore.simulation import Simulation
+        from fedcore.assemble import assemble
         from fedcore.world import make_model
 
         config, world = self.config, self.world(cell.seed)
         model = make_model(config.model, world, seed=cell.seed, vocabulary=config.data.vocabulary)
-        return Simulation(
+        return assemble(
             model.to(config.device),
+            lambda module: module,
             world.clients,
             create(cell.method.algorithm, **cell.options),
+            lora=config.lora,
+            privacy=config.privacy,
+            exact_steps=config.exact_steps,
             loss=world.loss,
             batch_size=config.batch_size,
             local_epochs=config.local_epochs,

@@ -17,6 +17,8 @@ from polymodal.errors import UserError
 from fedcore.algorithms import ALGORITHMS
 from fedcore.data.base import FedData
 from fedcore.data.digits import Digits
+from fedcore.lora_settings import LoraConfig
+from fedcore.privacy_settings import PrivacyConfig
 from fedcore.world_settings import ModelConfig, PartitionConfig
 
 __all__ = ["SCHEMA_VERSION", "Cell", "CellKey", "CompareConfig", "Method", "settings_hash"]
@@ -104,6 +106,8 @@ class CompareConfig:
     """passes of a client over its data in a round (E)"""
     max_steps: int = 0
     """cap of local steps a round (0: none)"""
+    exact_steps: bool = False
+    """every client takes exactly max_steps steps"""
     fraction: float = 0.1
     """share of clients a round"""
     eval_every: int = 1
@@ -124,6 +128,8 @@ class CompareConfig:
     """reader of the data set"""
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", self.name):
@@ -192,6 +198,9 @@ class CompareConfig:
         # Serial and pool have the same bits.
         other: dict[str, Any] = {"engine": self.engine} if self.engine == "batched" else {}
         other |= {"device": self.device} if self.device != "cpu" else {}
+        other |= {"exact_steps": True} if self.exact_steps else {}
+        other |= {"lora": to_dict(self.lora)} if self.lora.on else {}
+        other |= {"privacy": to_dict(self.privacy)} if algorithm.private else {}
         return {
             "schema_version": SCHEMA_VERSION,
             "data": {"name": self.data.name, "fingerprint": fingerprint},

@@ -55,6 +55,8 @@ class Learner:
         self.device = self.start.device
         self._buffers = [(name, b) for name, b in task.module.named_buffers() if b is not None]
         self.missing: tuple[tuple[int, int], ...] = ()
+        self._base: dict[str, Tensor] | None = None
+        self._shifted: tuple[str, ...] = ()
         self._chain: LinearChain | None = None
         self._output_loss: Any = task.output_loss()
         task.module.train()
@@ -86,6 +88,28 @@ class Learner:
         """Set the module's buffers."""
         for name, buffer in self._buffers:
             buffer.copy_(values[name])
+
+    def keep_base(self) -> None:
+        """Remember the frozen weights as they are now; what ``shift`` adds is added to these."""
+        names = [name for name, p in self.task.module.named_parameters() if not p.requires_grad]
+        self._base = {name: self.task.module.get_parameter(name).detach().clone() for name in names}
+
+    def shift(self, tree: dict[str, Tensor]) -> None:
+        """Add ``tree`` to the frozen weights that ``keep_base`` found, by name; others become what they were.
+
+        Raises:
+            UserError: not the name of a frozen weight.
+        """
+        assert self._base is not None, "keep_base comes first"
+        unknown = sorted(set(tree) - set(self._base))
+        if unknown:
+            raise UserError(f"{unknown[0]} is no frozen weight of {type(self.task.module).__name__}")
+        for name in {*self._shifted, *tree}:
+            value = self._base[name]
+            if name in tree:
+                value = value + tree[name].to(value)
+            self.task.module.get_parameter(name).data = value.clone() if value is self._base[name] else value
+        self._shifted = tuple(tree)
 
     def export(self, params: Tensor) -> None:
         """Give the module its own copy of ``params``, for use outside."""

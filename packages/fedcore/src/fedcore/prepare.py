@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fedcore.algorithm import Algorithm
 from fedcore.algorithms import create
+from fedcore.assemble import assemble
 from fedcore.imports import call_with, load_object
 from fedcore.settings import FedConfig
 from fedcore.simulation import Simulation
@@ -54,12 +55,11 @@ class Prepared:
     world: World | None = None
     scores: tuple[str, ...] = ()
 
-    @property
-    def task(self) -> Any:
-        """What is trained: the model, with the scores of its data set where they are more than accuracy."""
+    def task(self, module: nn.Module) -> Any:
+        """What is trained: ``module``, with the scores of its data set where they are more than accuracy."""
         from fedcore.scored import ScoredTask
 
-        return ScoredTask(self.model, self.loss, self.scores) if self.scores not in ((), ("accuracy",)) else self.model
+        return ScoredTask(module, self.loss, self.scores) if self.scores not in ((), ("accuracy",)) else module
 
     @property
     def parameters(self) -> int:
@@ -102,14 +102,18 @@ def make_simulation(config: FedConfig, found: Prepared, algorithm: Algorithm | N
     """
     federation = config.federation
     chosen = algorithm or create(config.algorithm, **config.options_of_algorithm())
-    return Simulation(
+    return assemble(
+        found.model,
         found.task,
         found.clients,
         chosen,
+        lora=config.lora,
+        privacy=config.privacy,
         loss=found.loss,
         batch_size=federation.batch_size,
         local_epochs=federation.local_epochs,
         max_steps=federation.max_steps,
+        exact_steps=federation.exact_steps,
         fraction=federation.fraction,
         seed=config.seed,
         rounds=federation.rounds,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from fedcore.algorithm import Tree
+    from fedcore.algorithm import Context, Tree
     from fedcore.engines.base import ClientResult
 
 __all__ = ["Reducer"]
@@ -20,6 +21,9 @@ class Reducer:
         kind: ``mean``, ``sum`` or ``list``.
         weighting: weights of the mean, of buffers and of the loss: ``uniform``, or by ``samples``.
     """
+
+    needs_reports: ClassVar[bool] = True
+    """whether a round in which no client reported is an error"""
 
     def __init__(self, kind: str, weighting: Literal["uniform", "samples"]) -> None:
         self.kind, self.by_samples = kind, weighting == "samples"
@@ -51,6 +55,10 @@ class Reducer:
         self._up += result.up_bytes
         self._down += result.down_bytes
         self.first_error = self.first_error or result.error
+
+    def context(self, ctx: Context) -> Context:
+        """The round as ``server_step`` sees it: how many clients reported, and their mean K."""
+        return replace(ctx, steps=self.mean_steps, cohort=self.reported)
 
     @property
     def mean_steps(self) -> float:

@@ -39,9 +39,11 @@ class LocalPlan:
         max_steps: largest number of local steps (0: no cap).
         shuffle: a new order each epoch; otherwise stored order.
         seed: root seed.
+        exact: every client with data takes exactly ``max_steps`` steps, however many passes that needs, so that K
+            tells nothing about its data (privacy).
 
     Raises:
-        UserError: a batch size or number of epochs below one, or a negative cap.
+        UserError: a batch size or number of epochs below one, a negative cap, or ``exact`` without ``max_steps``.
     """
 
     batch_size: int = 50
@@ -49,6 +51,7 @@ class LocalPlan:
     max_steps: int = 0
     shuffle: bool = True
     seed: int = 0
+    exact: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "local_epochs"):
@@ -56,9 +59,13 @@ class LocalPlan:
                 raise UserError(f"{name}={getattr(self, name)}; expected at least 1")
         if self.max_steps < 0:
             raise UserError(f"max_steps={self.max_steps}; expected 0 (no cap) or more")
+        if self.exact and not self.max_steps:
+            raise UserError("the same number of steps for every client needs max_steps, that number")
 
     def steps(self, samples: int) -> int:
-        """K = E * ceil(n / B), at most ``max_steps``."""
+        """K = E * ceil(n / B), at most ``max_steps``; 0 without data."""
+        if self.exact:
+            return self.max_steps if samples else 0
         steps = self.local_epochs * -(-samples // self.batch_size)
         return min(steps, self.max_steps) if self.max_steps else steps
 
@@ -71,7 +78,7 @@ class LocalPlan:
         """Indices (B,) of each local step of a client in a round."""
         draw = generator(self.seed, "order", round, client) if self.shuffle else None
         steps, found = self.steps(samples), []
-        for _ in range(self.local_epochs):
+        for _ in range(steps if self.exact else self.local_epochs):
             order = torch.randperm(samples, generator=draw) if self.shuffle else torch.arange(samples)
             found += order.split(self.batch_size)
             if len(found) >= steps:

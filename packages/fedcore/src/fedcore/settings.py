@@ -10,6 +10,8 @@ from polymodal.errors import UserError
 
 from fedcore.data.base import FedData
 from fedcore.data.digits import Digits
+from fedcore.lora_settings import LoraConfig
+from fedcore.privacy_settings import PrivacyConfig
 from fedcore.world_settings import ModelConfig, PartitionConfig
 
 __all__ = ["FedConfig", "FederationConfig", "RoundsTrainer"]
@@ -79,6 +81,8 @@ class FederationConfig:
     """decay of the rate over rounds (default: the preset's or the algorithm's)"""
     lr_decay: float | None = None
     """factor a round of round_lr=exp (default: the preset's or the algorithm's)"""
+    exact_steps: bool = False
+    """every client takes exactly max_steps steps, so that their number tells nothing about its data (privacy)"""
     weighting: Literal["uniform", "samples"] = "uniform"
     """how clients are averaged"""
     engine: Literal["auto", "serial", "pool", "batched"] = "auto"
@@ -146,6 +150,8 @@ class FedConfig(RunConfig):
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     federation: FederationConfig = field(default_factory=FederationConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     trainer: RoundsTrainer = field(default_factory=RoundsTrainer)
 
     def options_of_algorithm(self) -> dict[str, Any]:

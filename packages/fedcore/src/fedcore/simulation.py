@@ -83,6 +83,7 @@ class Simulation:
         weighting: Literal["uniform", "samples"] = "uniform",
         ranks: Sequence[int] | None = None,
         state_memory_mib: float | None = None,
+        exact_steps: bool = False,
     ) -> None:
         from fedcore.engines import check_engine
 
@@ -91,16 +92,20 @@ class Simulation:
         if weighting not in ("uniform", "samples"):
             raise UserError(f"weighting={weighting!r}; expected uniform or samples")
         check_engine(engine)
-        plan = LocalPlan(batch_size, local_epochs, max_steps, shuffle, seed)
+        plan = LocalPlan(batch_size, local_epochs, max_steps, shuffle, seed, exact_steps)
         data = [ClientData(dataset) for dataset in clients]
         self.ranks = _checked_ranks(ranks, len(data))
         learners = _learners(model, loss, self.ranks)
         self._rank = max(learners)
         self.learner = learners[self._rank]
-        spec = replace(self.learner.spec, ranks={r: learner.spec for r, learner in learners.items()})
+        starts = {r: learner.start for r, learner in learners.items()}
+        spec = replace(self.learner.spec, ranks={r: learner.spec for r, learner in learners.items()}, starts=starts)
         self.algorithm = algorithm.bind(spec)
         bound = {r: algorithm.bind(learner.spec) for r, learner in learners.items()}
         self.federation = Federation(bound, learners, data, plan)
+        if algorithm.shifts_base:
+            for learner in learners.values():
+                learner.keep_base()
         self.cohorts = _checked_cohorts(cohorts, len(data))
         self.cohort_size = max(map(len, self.cohorts)) if self.cohorts else cohort_size(len(data), fraction)
         self.seed, self.rounds = seed, rounds
@@ -141,10 +146,16 @@ class Simulation:
     @property
     def model(self) -> nn.Module:
         """The module with its own copy of the parameters that are evaluated."""
-        if self.buffers:
-            self.learner.load_buffers(self.buffers)
+        self._set_evaluated()
         self.learner.export(self.evaluation_flat)
         return self.learner.task.module
+
+    def _set_evaluated(self) -> None:
+        """Buffers and frozen weights of the largest model as they are evaluated."""
+        if self.buffers:
+            self.learner.load_buffers(self.buffers)
+        if self.algorithm.shifts_base:
+            self.learner.shift(self.algorithm.evaluation_shift(self.server_state, self.flat))
 
     # ------------------------------------------------------------------ training
 
@@ -198,9 +209,9 @@ class Simulation:
                 reducer.add(result)
                 states.append((result.client.id, result.state))
             reducer.count(result)
-        if not reducer.reported:
+        if not reducer.reported and reducer.needs_reports:
             raise RoundError(f"round {self.done}: all {len(work.clients)} clients failed; first: {reducer.first_error}")
-        ctx = replace(work.ctx, steps=reducer.mean_steps, cohort=reducer.reported)
+        ctx = reducer.context(work.ctx)
         flat, server = self.algorithm.server_step(self.server_state, self.flat, reducer.result(), ctx)
         if not bool(torch.isfinite(flat.sum())):
             raise RoundError(f"round {self.done}: the new parameters are not finite; lower the learning rate")
@@ -224,7 +235,7 @@ class Simulation:
         plan, data = self.federation.plan, self.federation.data
         clients = [Client(i, len(data[i]), plan.steps(len(data[i])), self.ranks[i]) for i in ids]
         last = lr if self._last_lr is None else self._last_lr
-        most = max(client.steps for client in clients)
+        most = max((client.steps for client in clients), default=plan.max_steps)
         ctx = Context(self.done, self.rounds or self.done + 1, self.num_clients, len(ids), lr, last, most, most)
         return RoundWork(self.algorithm, self.server_state, self.flat, self.buffers, ctx, clients, self.store.get)
 
@@ -281,8 +292,7 @@ class Simulation:
 
     def evaluate(self, dataset: Any) -> dict[str, float]:
         """Metrics of the global model on a dataset: ``accuracy`` and ``loss``, or those of the TaskModule."""
-        if self.buffers:
-            self.learner.load_buffers(self.buffers)
+        self._set_evaluated()
         data = dataset if isinstance(dataset, ClientData) else ClientData(dataset)
         return self.learner.evaluate(self.evaluation_flat, data)
 
@@ -331,12 +341,21 @@ class Simulation:
         self.close()
 
     def _check_data(self) -> None:
-        """One gradient on data of the first client that has any, so that wrong shapes end here."""
-        found = next((data for data in self.federation.data if len(data)), None)
-        if found is None:
-            raise UserError("no client has any data")
+        """One gradient on the first client's data that can be read, so that wrong shapes end here.
+
+        Clients whose data cannot be read are no error yet: they are dropped in the rounds that choose them.
+        """
+        batch, failure = None, "no client has any data"
+        for data in self.federation.data:
+            if batch is None and len(data):
+                try:
+                    batch = data.batch(torch.arange(min(2, len(data))), None)
+                except Exception as error:
+                    failure = f"no client's data can be read: {' '.join(str(error).split())[:200]}"
+        if batch is None:
+            raise UserError(failure)
         try:
-            self.learner.check(found.batch(torch.arange(min(2, len(found))), None))
+            self.learner.check(batch)
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
             text = " ".join(str(error).split())[:200]
             raise UserError(f"the model or loss does not take the clients' data: {text}") from error

@@ -11,6 +11,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fedcore.adapters import AdapterInfo, find_adapters
+
 __all__ = ["Kind", "ParamInfo", "ParamSpec"]
 
 Kind = Literal[
@@ -75,6 +77,8 @@ class ParamSpec:
         frozen: names of parameters that are not trained.
         tied: further names of tied tensors -> first name.
         ranks: layouts of the clients' models by adapter rank, on the server's layout only.
+        starts: vectors (P_rank,) that these models came with, by rank, on the server's layout only.
+        adapters: low-rank adapters of linear layers.
     """
 
     params: tuple[ParamInfo, ...]
@@ -82,6 +86,8 @@ class ParamSpec:
     frozen: tuple[str, ...] = ()
     tied: tuple[tuple[str, str], ...] = ()
     ranks: dict[int, ParamSpec] = field(default_factory=dict, compare=False)
+    starts: dict[int, Tensor] = field(default_factory=dict, compare=False)
+    adapters: tuple[AdapterInfo, ...] = ()
 
     def __iter__(self) -> Iterator[ParamInfo]:
         return iter(self.params)
@@ -140,7 +146,7 @@ class ParamSpec:
             raise ValueError("the model has no trainable parameter")
         if len(dtypes) > 1:
             raise ValueError(f"trainable parameters of several number formats: {', '.join(sorted(map(str, dtypes)))}")
-        return cls(tuple(params), dtypes.pop(), tuple(frozen), tuple(tied))
+        return cls(tuple(params), dtypes.pop(), tuple(frozen), tuple(tied), adapters=find_adapters(module))
 
 
 class _Attention(NamedTuple):

@@ -156,6 +156,8 @@ def _train(federation: Federation, work: RoundWork, client: Client, state: Tree 
     received, message = work.algorithm.broadcast(work.server, work.params, ctx, client)
     if work.buffers:
         learner.load_buffers(work.buffers)
+    if algorithm.shifts_base:
+        learner.shift(work.algorithm.base_shift(work.server, work.params, ctx, client))
     start, local = algorithm.local_init(received, message, state, ctx, partial(learner.full_gradient, data=data))
     params, losses = start.clone(), torch.zeros((), dtype=torch.float64, device=start.device)
     seed = plan.rng(ctx.round, client.id)

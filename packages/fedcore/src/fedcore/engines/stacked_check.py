@@ -31,6 +31,8 @@ def checked_gradient(federation: Federation) -> StackedGradient:
     if len(federation.learners) > 1:
         raise CannotStackError("models of the clients differ in rank")
     (learner,) = federation.learners.values()
+    if any(algorithm.shifts_base for algorithm in federation.algorithms.values()):
+        raise CannotStackError("frozen weights change between rounds")
     task = learner.task
     if task.sample_losses() is None:
         raise CannotStackError(f"{type(task.module).__name__} and its loss give no loss of single samples")
