@@ -48,7 +48,8 @@ def find_adapters(module: nn.Module) -> tuple[AdapterInfo, ...]:
         if base is None or not isinstance(adapters, Mapping | nn.ModuleDict) or not len(adapters):
             continue
         adapter = _active(layer, list(adapters))
-        a, b = adapters[adapter].weight, layer.lora_B[adapter].weight
+        pair: Any = adapters, layer.lora_B
+        a, b = (side[adapter].weight for side in pair)
         if a.ndim != 2 or b.ndim != 2:
             continue
         prefix = f"{name}." if name else ""
