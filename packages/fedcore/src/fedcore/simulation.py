@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, Self
@@ -99,9 +100,10 @@ class Simulation:
         self._rank = max(learners)
         self.learner = learners[self._rank]
         starts = {r: learner.start for r, learner in learners.items()}
-        spec = replace(self.learner.spec, ranks={r: learner.spec for r, learner in learners.items()}, starts=starts)
+        specs = {r: learner.spec for r, learner in learners.items()}
+        spec = replace(specs[self._rank], ranks=specs, starts=starts, clients=dict(Counter(self.ranks)))
         self.algorithm = algorithm.bind(spec)
-        bound = {r: algorithm.bind(learner.spec) for r, learner in learners.items()}
+        bound = {r: algorithm.bind(replace(specs[r], starts={r: starts[r]})) for r in learners}
         self.federation = Federation(bound, learners, data, plan)
         if algorithm.shifts_base:
             for learner in learners.values():

@@ -77,7 +77,8 @@ class ParamSpec:
         frozen: names of parameters that are not trained.
         tied: further names of tied tensors -> first name.
         ranks: layouts of the clients' models by adapter rank, on the server's layout only.
-        starts: vectors (P_rank,) that these models came with, by rank, on the server's layout only.
+        starts: vectors (P_rank,) that these models came with, by rank; on a client's layout, of its own model alone.
+        clients: number of clients in the federation by rank, on the server's layout only.
         adapters: low-rank adapters of linear layers.
     """
 
@@ -87,6 +88,7 @@ class ParamSpec:
     tied: tuple[tuple[str, str], ...] = ()
     ranks: dict[int, ParamSpec] = field(default_factory=dict, compare=False)
     starts: dict[int, Tensor] = field(default_factory=dict, compare=False)
+    clients: dict[int, int] = field(default_factory=dict, compare=False)
     adapters: tuple[AdapterInfo, ...] = ()
 
     def __iter__(self) -> Iterator[ParamInfo]:
