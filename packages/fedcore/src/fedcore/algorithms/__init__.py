@@ -248,7 +248,7 @@ ALGORITHMS = Registry(
             name="dp_fedpgn",
             target="fedcore.algorithms.dp_fedpgn:DPFedPGN",
             paper="Liu et al. 2025, DP-FedPGN (arXiv 2510.27504)",
-            summary="steps lean to the private estimate of the global gradient, only the rest is clipped (LS: smoothing)",
+            summary="steps lean to the private estimate of the global gradient, the rest is clipped (LS: smoothing)",
             tags=("tier1", "dp"),
             fidelity="reconstruction",
         ),
