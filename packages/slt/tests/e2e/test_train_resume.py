@@ -44,6 +44,7 @@ def slt_train(out: Path, *arguments: object, patch: Patch = lambda: None) -> tup
 
     def child() -> None:
         with log.open("w") as handle:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
             os.dup2(handle.fileno(), 2)
             sys.stderr, sys.stdout = handle, Path(os.devnull).open("w")
             sys.argv = ["slt-train", *map(str, arguments), "--out", str(out / "runs")]
