@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,6 +16,9 @@ from fedcore.privacy_settings import PrivacyConfig
 from fedcore.world_settings import ModelConfig, PartitionConfig
 
 __all__ = ["FedConfig", "FederationConfig", "RoundsTrainer"]
+
+PRIVACY = "privacy."
+"""options of an algorithm in a preset that begin so are the mechanism's"""
 
 
 @dataclass
@@ -136,7 +140,7 @@ class FedConfig(RunConfig):
     algorithm_options: dict[str, Any] = field(default_factory=dict)
     """options of the algorithm, e.g. {rho: 0.5}"""
     defaults_by_algorithm: dict[str, Any] = field(default_factory=dict)
-    """options of algorithms by their names, from a preset; federation.lr and algorithm_options win"""
+    """options of algorithms by their names, from a preset, also privacy.clip …; options given by their own names win"""
     module: str = ""
     """PATH.TO:Class or FILE.py:Class of a polymodal.TaskModule to train instead of the model"""
     module_options: dict[str, Any] = field(default_factory=dict)
@@ -160,9 +164,28 @@ class FedConfig(RunConfig):
         Raises:
             UserError: the preset's are no mapping.
         """
-        found = self.defaults_by_algorithm.get(self.algorithm) or {}
-        if not isinstance(found, dict):
-            raise UserError(f"defaults_by_algorithm.{self.algorithm}={found!r}; expected a mapping of options")
+        found = {k: v for k, v in self._defaults().items() if not k.startswith(PRIVACY)}
         names = ("lr", "round_lr", "lr_decay")
         rates = {name: getattr(self.federation, name) for name in names}
         return {**found, **{k: v for k, v in rates.items() if v is not None}, **self.algorithm_options}
+
+    def privacy_of_algorithm(self) -> PrivacyConfig:
+        """The mechanism for the chosen algorithm: what was given, then ``privacy.…`` of the preset's options for it.
+
+        Raises:
+            UserError: the preset's are no mapping, no such option, or out of range.
+        """
+        preset = {k.removeprefix(PRIVACY): v for k, v in self._defaults().items() if k.startswith(PRIVACY)}
+        neutral = {item.name: item.default for item in dataclasses.fields(PrivacyConfig)}
+        for name in preset:
+            if name not in neutral:
+                raise UserError(f"defaults_by_algorithm.{self.algorithm}: no option {PRIVACY}{name}")
+        free = {name: value for name, value in preset.items() if getattr(self.privacy, name) == neutral[name]}
+        return dataclasses.replace(self.privacy, **free)
+
+    def _defaults(self) -> dict[str, Any]:
+        """Options of the chosen algorithm by a preset."""
+        found = self.defaults_by_algorithm.get(self.algorithm) or {}
+        if not isinstance(found, dict):
+            raise UserError(f"defaults_by_algorithm.{self.algorithm}={found!r}; expected a mapping of options")
+        return found
