@@ -44,7 +44,7 @@ def assemble(
     if lora.on:
         from fedcore.lora.job import adapted
 
-        modules, options["ranks"] = adapted(model, lora, algorithm, len(clients))
+        modules, options["ranks"] = adapted(model, lora, algorithm, len(clients), options.get("seed", 0))
         made = lambda rank: task(modules(rank))  # noqa: E731
     elif algorithm.adapters:
         raise UserError(f"{type(algorithm).__name__} trains adapters; give their ranks, e.g. --lora.ranks 2,4,6")

@@ -30,6 +30,9 @@ class Job:
     Args:
         config: the configuration.
 
+    Attributes:
+        exported: what ``finish`` wrote for other programs, and where; empty where there are no adapters.
+
     Raises:
         UserError: an unknown algorithm or option, or a value out of range.
     """
@@ -38,6 +41,7 @@ class Job:
         self.config = config
         self.info = ALGORITHMS.info(config.algorithm)
         self.algorithm: Algorithm = ALGORITHMS.create(config.algorithm, **config.options_of_algorithm())
+        self.exported = ""
 
     @cached_property
     def prepared(self) -> Prepared:
@@ -99,10 +103,18 @@ class Job:
             f"model       {config.module or config.model.name}, {found.parameters:,} parameters",
             f"algorithm   {config.algorithm} {config.options_of_algorithm() or ''}".rstrip(),
             f"rounds      {rounds}, {cohort} clients a round, {min(steps)} to {max(steps)} local steps",
+            *self._adapters(),
             f"rate        {self.algorithm.rate(0, rounds):.4g} in the first round, "
             f"{self.algorithm.rate(rounds - 1, rounds):.4g} in the last",
         ]
         return "\n".join([*lines, "nothing was trained (dry run)"])
+
+    def _adapters(self) -> list[str]:
+        if not self.config.lora.on:
+            return []
+        from fedcore.lora.job import describe
+
+        return [f"adapters    {describe(self.simulation)}"]
 
     def _how(self) -> str:
         how = {k: v for k, v in self.prepared.facts.get("partition", {}).items() if k not in ("sha256", "clients")}
@@ -110,7 +122,12 @@ class Job:
 
     def facts(self) -> dict[str, Any]:
         """What the manifest says of data and clients; a resumed run must agree."""
-        return {**self.prepared.facts, "model": self.config.module or self.config.model.name}
+        facts = {**self.prepared.facts, "model": self.config.module or self.config.model.name}
+        if not self.config.lora.on:
+            return facts
+        from fedcore.lora.job import facts_of
+
+        return {**facts, "lora": facts_of(self.simulation, self.config.lora, self.prepared.model)}
 
     # ------------------------------------------------------------------ training
 
@@ -123,6 +140,10 @@ class Job:
         from fedcore.simulation import RoundError
 
         config, federation = self.config, self.config.federation
+        if config.lora.pretrains:
+            from fedcore.lora.job import keep_base
+
+            keep_base(run.folder, self.prepared.model)
         module = FederatedModule(
             self.simulation,
             self.prepared.splits,
@@ -156,4 +177,12 @@ class Job:
         from fedcore.outcome import Outcome
 
         outcome = Outcome(self.config, self.prepared, module, run)
-        return outcome.finish()
+        final = outcome.finish()
+        if self.config.lora.on:
+            from fedcore.lora.job import export
+
+            module.export()
+            library, _, base = self.config.model.name.partition(":")
+            known = base if library == "hf" and not self.config.lora.pretrains and not self.config.module else None
+            self.exported = export(run.folder, module.net, self.prepared.model, known)
+        return final

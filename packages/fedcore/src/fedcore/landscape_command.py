@@ -102,7 +102,7 @@ def load_trained(path: Path, config: LandscapeConfig) -> Trained:
     """
     from polymodal.callbacks import load_checkpoint
 
-    from fedcore.prepare import prepare
+    from fedcore.prepare import prepare, trained_module
 
     path = path.expanduser()
     folder = path.parent.parent if path.is_file() else path
@@ -111,15 +111,16 @@ def load_trained(path: Path, config: LandscapeConfig) -> Trained:
     run = _run_config(folder, config)
     file = path if path.is_file() else folder / "checkpoints" / f"{config.checkpoint}.ckpt"
     checkpoint = load_checkpoint(file)
-    prepared = prepare(run)
+    prepared = prepare(run, pretrain=False)
+    model = trained_module(run, prepared)
     weights = {k.removeprefix("net."): v for k, v in checkpoint["state_dict"].items() if k.startswith("net.")}
     try:
-        prepared.model.load_state_dict(weights)
+        model.load_state_dict(weights)
     except RuntimeError as error:
         what = " ".join(str(error).split())[:160]
         raise UserError(f"{file}: its weights do not fit the model of {folder / 'config.yaml'} ({what})") from error
     data = _samples(prepared, config)
-    return Trained(folder, run, prepared.model, data, prepared.loss, checkpoint.get("fedcore", {}).get("round", -1))
+    return Trained(folder, run, model, data, prepared.loss, checkpoint.get("fedcore", {}).get("round", -1))
 
 
 def _run_config(folder: Path, config: LandscapeConfig) -> FedConfig:

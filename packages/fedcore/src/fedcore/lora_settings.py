@@ -16,7 +16,7 @@ class LoraConfig:
     """Low-rank adapters (LoRA) on a frozen base; off unless ranks are given."""
 
     ranks: Any = field(default_factory=list)
-    """ranks of the clients, e.g. 2,4,6; repeated in turn where there are more clients"""
+    """ranks of the clients, e.g. 2,4,6, repeated in turn where there are more clients (default: that of the adapter)"""
     targets: Any = field(default_factory=list)
     """linear layers that get an adapter, by the end of their name, e.g. query,value (default: by the model)"""
     head: Any = field(default_factory=list)
@@ -38,14 +38,21 @@ class LoraConfig:
     pretrain_epochs: int = 0
     """epochs of training the whole base on samples that no client gets, before it is frozen (0: none)"""
     pretrain_share: float = 0.2
-    """share of the training split for that, 0..1"""
+    """share of the training samples with these labels that is set apart for that, 0..1"""
     pretrain_labels: Any = field(default_factory=list)
     """labels for that, e.g. 0,1,2,3,4 (default: all)"""
+    pretrain_data: dict[str, Any] = field(default_factory=dict)
+    """options of the reader that differ for that, e.g. {rotate: 0}"""
+    pretrain_lr: float = 1e-3
+    """rate of AdamW for that"""
+    pretrain_batch_size: int = 32
+    """samples of a step of that"""
 
     def __post_init__(self) -> None:
         self.ranks = numbers("lora.ranks", self.ranks)
         self.pretrain_labels = numbers("lora.pretrain_labels", self.pretrain_labels, least=0)
         self.targets, self.head = words(self.targets), words(self.head)
+        self.adapter = None if self.adapter is None else Path(self.adapter).expanduser()
         for name, good, expected in (
             ("scaling", self.scaling > 0, "more than 0"),
             ("alpha", self.alpha is None or self.alpha > 0, "more than 0"),
@@ -53,6 +60,8 @@ class LoraConfig:
             ("init_rms", self.init_rms > 0, "more than 0"),
             ("pretrain_epochs", self.pretrain_epochs >= 0, "0 (none) or more"),
             ("pretrain_share", 0 < self.pretrain_share < 1, "0 < pretrain_share < 1"),
+            ("pretrain_lr", self.pretrain_lr > 0, "more than 0"),
+            ("pretrain_batch_size", self.pretrain_batch_size >= 1, "at least 1"),
         ):
             if not good:
                 raise UserError(f"lora.{name}={getattr(self, name)}; expected {expected}")
@@ -65,7 +74,12 @@ class LoraConfig:
     @property
     def on(self) -> bool:
         """Whether adapters are trained."""
-        return bool(self.ranks)
+        return bool(self.ranks) or self.adapter is not None
+
+    @property
+    def pretrains(self) -> bool:
+        """Whether the base is trained first."""
+        return self.on and self.pretrain_epochs > 0
 
     def scaling_of(self, rank: int) -> float:
         """Scaling s of a client with this rank."""

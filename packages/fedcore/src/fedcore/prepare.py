@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +25,7 @@ from fedcore.simulation import Simulation
 if TYPE_CHECKING:
     from fedcore.world import World
 
-__all__ = ["Prepared", "make_simulation", "prepare"]
+__all__ = ["Prepared", "make_simulation", "prepare", "trained_module"]
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class Prepared:
         facts: name, fingerprint, sizes and partition of the data, for the manifest.
         world: clients of a data reader, with their labels.
         scores: what models are reported by, names in ``fedcore.data.metrics``; none: what the module says.
+        pretrain: samples that a base under adapters is trained on; None where there are none.
     """
 
     model: nn.Module
@@ -54,6 +56,7 @@ class Prepared:
     facts: dict[str, Any] = field(default_factory=dict)
     world: World | None = None
     scores: tuple[str, ...] = ()
+    pretrain: Any = None
 
     def task(self, module: nn.Module) -> Any:
         """What is trained: ``module``, with the scores of its data set where they are more than accuracy."""
@@ -67,8 +70,12 @@ class Prepared:
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
 
-def prepare(config: FedConfig) -> Prepared:
+def prepare(config: FedConfig, *, pretrain: bool = True) -> Prepared:
     """Read the data, divide it over clients, build the model.
+
+    Args:
+        config: of the run.
+        pretrain: train the base under adapters, where the options ask for that; False where its weights are loaded.
 
     Raises:
         UserError: data or options that do not fit.
@@ -76,7 +83,30 @@ def prepare(config: FedConfig) -> Prepared:
     device = device_of(config.trainer.accelerator)
     found = _own_datasets(config) if config.datasets else _reader_datasets(config)
     found.model.to(device)
+    if pretrain and config.lora.pretrains:
+        from fedcore.lora.job import BASE, prepare_base
+
+        stored = _resumed(config) / BASE if config.resume else None
+        prepare_base(found.model, found.loss, found.pretrain, config.lora, seed=config.seed, stored=stored)
     return found
+
+
+def _resumed(config: FedConfig) -> Path:
+    """Folder of the run that goes on."""
+    from polymodal.run import find_resume
+
+    return find_resume(config.resume, "fedcore", config)[0]
+
+
+def trained_module(config: FedConfig, found: Prepared) -> nn.Module:
+    """A module of the layout that the run's checkpoints have: the model, or with adapters the largest."""
+    if not config.lora.on:
+        return found.model
+    from fedcore.lora.job import adapted
+
+    chosen = create(config.algorithm, **config.options_of_algorithm())
+    modules, ranks = adapted(found.model, config.lora, chosen, len(found.clients), config.seed)
+    return modules(max(ranks))
 
 
 def device_of(accelerator: str) -> torch.device:
@@ -133,7 +163,8 @@ def _reader_datasets(config: FedConfig) -> Prepared:
 
     data = config.data
     data.fit_to_model(config.model.name)
-    world = build_world(data, config.partition, val_share=config.federation.val_share, seed=config.seed)
+    share = config.federation.val_share
+    world = build_world(data, config.partition, val_share=share, seed=config.seed, lora=config.lora)
     facts = {
         **data.describe(),
         "clients": len(world.clients),
@@ -151,7 +182,9 @@ def _reader_datasets(config: FedConfig) -> Prepared:
     splits = {"val": world.val, "test": world.test}
     splits |= {name: data.load(name) for name in data.splits if name not in ("train", *splits)}
     scores = () if config.module else data.metrics
-    return Prepared(model, world.clients, splits, world.train, world.loss, monitor, facts, world, scores)
+    return Prepared(
+        model, world.clients, splits, world.train, world.loss, monitor, facts, world, scores, world.pretrain
+    )
 
 
 def _own_datasets(config: FedConfig) -> Prepared:
@@ -179,8 +212,15 @@ def _own_datasets(config: FedConfig) -> Prepared:
         "fingerprint": str(made.get("fingerprint") or hashlib.sha256(text.encode()).hexdigest()[:16]),
         "clients": len(clients),
     }
+    pretrain = made.get("pretrain")
+    if config.lora.pretrains and pretrain is None:
+        raise UserError(
+            f"lora.pretrain_epochs={config.lora.pretrain_epochs}: --datasets {config.datasets} gives no samples for the"
+            " base; return {clients: ..., pretrain: ...}, or leave it out"
+        )
     splits = {name: made.get(name) for name in ("val", "test")}
-    return Prepared(_own_module(config, {}), clients, splits, None, nn.functional.cross_entropy, "", facts)
+    model, loss = _own_module(config, {}), nn.functional.cross_entropy
+    return Prepared(model, clients, splits, None, loss, "", facts, pretrain=pretrain)
 
 
 def _own_module(config: FedConfig, offered: dict[str, Any]) -> nn.Module:

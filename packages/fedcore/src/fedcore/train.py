@@ -22,6 +22,7 @@ fed-train                                           # digits, 40 clients, FedMoS
 fed-train --algorithm scaffold --seed 1             # a rival on the same data
 fed-train --alpha 0.6 --clients 100 --rounds 200 --lr 0.2 --model.options '{hidden: [200]}'
 fed-train --data cifar100 --data.root DIR --model resnet18_gn --algorithm fedadamw
+fed-train --lora.ranks 2,4,6                        # ILoRA: adapters of unequal ranks on a frozen base
 fed-train --module my_task.py:MyTask --datasets my_task.py:clients     # any TaskModule
 fed-train --resume runs/fedcore/RUN                 # go on after Ctrl-C or a crash
 """
@@ -35,6 +36,15 @@ DEFAULT_PRESETS = {
     "tiny_imagenet": "fedswa_tiny_imagenet",
     **{name: "fedadamw_glue" for name in READERS if name.partition(":")[0] == "glue"},
 }
+LORA_PRESETS = {
+    "": "ilora",
+    "digits": "ilora",
+    "fashion_mnist": "ilora_fashion",
+    "text_domains": "ilora_text",
+    **dict.fromkeys(("cifar10", "cifar100", "tiny_imagenet"), "ilora_cv"),
+    **{name: "ilora_nlp" for name in READERS if name.partition(":")[0] == "glue"},
+}
+"""presets where ranks or an adapter are given, with the data of ``DEFAULT_PRESETS``"""
 ALIASES = {
     "model": "model.name",
     "partition": "partition.scheme",
@@ -49,6 +59,7 @@ ALIASES = {
 
 def main() -> int:
     """Entry point of ``fed-train``; returns the exit code."""
+    arguments, presets = _with_adapters(sys.argv[1:])
     return command(
         train,
         FedConfig,
@@ -56,10 +67,25 @@ def main() -> int:
         example=EXAMPLE,
         presets="fedcore",
         choices={"data": READERS},
-        default_presets=DEFAULT_PRESETS,
+        default_presets=presets,
         aliases=ALIASES,
         list_methods=list_methods,
+        argv=arguments,
     )
+
+
+def _with_adapters(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Arguments and presets: those of adapters where ranks or an adapter are given.
+
+    A preset says how the base was trained, which says nothing about clients of a function of one's own; these get no
+    preset, but its method.
+    """
+    given = {argument.partition("=")[0].replace("-", "_") for argument in arguments}
+    if not given & {"__lora.ranks", "__lora.adapter"}:
+        return arguments, DEFAULT_PRESETS
+    if "__datasets" not in given:
+        return arguments, LORA_PRESETS
+    return (arguments if given & {"__algorithm", "__config", "__resume"} else ["--algorithm", "ilora", *arguments]), {}
 
 
 def list_methods() -> str:
@@ -104,7 +130,7 @@ def train(config: FedConfig) -> None:
         final = job.finish(run, module)
         run.finish(final)
     sys.stdout.write("\n" + closing_table(final, config, module.totals, module.simulation.done) + "\n")
-    _show(run)
+    _show(run, job.exported)
 
 
 def _refuse_other_run(config: FedConfig, facts: dict[str, Any]) -> None:
@@ -131,12 +157,18 @@ def _refuse_other_run(config: FedConfig, facts: dict[str, Any]) -> None:
             )
     if before.get("partition") != facts.get("partition"):
         raise UserError(f"--resume {folder}: its clients have other samples; leave the options of partition out")
+    if before.get("lora") or facts.get("lora"):
+        from fedcore.lora.job import refuse_other_adapters
+
+        refuse_other_adapters(folder, before.get("lora"), facts.get("lora"))
 
 
-def _show(run: Run) -> None:
-    """The run folder, the command that shows more, the W&B upload command."""
+def _show(run: Run, exported: str) -> None:
+    """The run folder, the command that shows more, adapters for other programs, the W&B upload command."""
     sys.stdout.write(f"\nrun folder  {run.folder}\npictures    {run.folder / 'figures'}\n")
     sys.stdout.write(f"more        polymodal report {run.folder} --html\n")
     sys.stdout.write(f"surface     fed-landscape {run.folder}\n")
+    if exported:
+        sys.stdout.write(f"adapters    {exported}\n")
     if run.sync_command:
         sys.stdout.write(f"upload      {run.sync_command}\n")

@@ -13,6 +13,8 @@ from polymodal.seeding import derive, numpy_rng
 from torch import Tensor, nn
 
 from fedcore import partition as schemes
+from fedcore.lora.pretrain import set_apart
+from fedcore.lora_settings import LoraConfig
 from fedcore.models import build
 from fedcore.partition import Partition
 from fedcore.world_settings import ModelConfig, PartitionConfig
@@ -37,6 +39,7 @@ class World:
         labels: (N,) labels that the partition went by.
         num_classes: outputs of the model.
         loss: mean loss of ``(outputs, targets)``.
+        pretrain: samples that no client gets, for a base under adapters; None where none were asked for.
     """
 
     clients: list[ArrayData]
@@ -47,9 +50,12 @@ class World:
     labels: np.ndarray
     num_classes: int
     loss: Callable[[Tensor, Any], Tensor]
+    pretrain: ArrayData | None = None
 
 
-def build_world(data: FedData, partition: PartitionConfig, *, val_share: float, seed: int) -> World:
+def build_world(
+    data: FedData, partition: PartitionConfig, *, val_share: float, seed: int, lora: LoraConfig | None = None
+) -> World:
     """Read the data, cut the validation samples, divide the rest over clients.
 
     Args:
@@ -57,6 +63,7 @@ def build_world(data: FedData, partition: PartitionConfig, *, val_share: float, 
         partition: how to divide.
         val_share: share of the training split that no client gets, 0 <= share < 1.
         seed: of the partition, where it has none of its own. The validation samples are the same for every seed.
+        lora: adapters, whose base may be trained on samples of its own first, the same for every seed.
 
     Raises:
         UserError: options that do not fit the data.
@@ -65,6 +72,7 @@ def build_world(data: FedData, partition: PartitionConfig, *, val_share: float, 
         raise UserError(f"val_share={val_share}; expected 0 <= val_share < 1, 0.2 keeps a fifth for validation")
     train, labels = data.load("train"), data.partition_labels("train")
     kept, held = cut_validation(labels, val_share)
+    kept, pretrain = (kept, None) if lora is None else set_apart(data, labels, kept, lora)
     rest = train.subset(kept)
     chosen = make_partition(partition, rest, labels[kept], seed, data.fingerprint())
     return World(
@@ -76,6 +84,7 @@ def build_world(data: FedData, partition: PartitionConfig, *, val_share: float, 
         labels=labels[kept],
         num_classes=data.num_classes,
         loss=_squared_error if data.regression else nn.functional.cross_entropy,
+        pretrain=pretrain,
     )
 
 
@@ -112,7 +121,8 @@ def make_partition(
     if config.file is not None:
         return Partition.load(config.file, size=len(train), fingerprint=fingerprint)
     if config.scheme == "dirichlet_client":
-        return schemes.dirichlet_client(labels, config.clients, config.alpha, seed, config.samples or None)
+        each = config.samples or None
+        return schemes.dirichlet_client(labels, config.clients, config.alpha, seed, each, refill=config.refill)
     if config.scheme == "dirichlet_label":
         return schemes.dirichlet_label(labels, config.clients, config.alpha, seed)
     if config.scheme == "shards":

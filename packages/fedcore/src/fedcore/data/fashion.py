@@ -13,7 +13,7 @@ from polymodal.errors import UserError
 from polymodal.paths import require_files
 
 from fedcore.data.array_type import ArrayData
-from fedcore.data.images import ImageData
+from fedcore.data.images import ImageData, quarter_turns
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,15 +35,21 @@ class FashionMNIST(ImageData):
         root: folder with the four files; by default the folder of Debian's package dataset-fashion-mnist.
         augment: random crop and flip in training; off by default, as is usual here.
         image_size: as for all pictures; the grey channel is repeated three times then.
+        rotate: degrees that every picture is turned to the left: 0, 90, 180 or 270.
     """
 
     augment: bool = False
+    rotate: int = 0
 
     name: ClassVar[str] = "fashion_mnist"
     remedy: ClassVar[str] = "give the folder with its four idx files, or install Debian's package dataset-fashion-mnist"
     mean: ClassVar[tuple[float, ...]] = (0.2860,)
     std: ClassVar[tuple[float, ...]] = (0.3530,)
     padding: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        quarter_turns(self.rotate)
 
     def class_names(self) -> list[str]:
         """The ten kinds."""
@@ -62,9 +68,11 @@ class FashionMNIST(ImageData):
         Raises:
             UserError: a missing or broken file.
         """
+        import numpy as np
+
         home = self.home()
         names = [f"{_PREFIX[split]}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1")]
-        images, labels = (read_idx(_either(home, name, self.remedy), self.name) for name in names)
+        images, labels = (read_idx(_either(home, name, self.name, self.remedy), self.name) for name in names)
         if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
             raise UserError(
                 f"{self.name}: {home / names[0]} holds {images.shape}, {names[1]} holds {labels.shape}; expected"
@@ -74,6 +82,8 @@ class FashionMNIST(ImageData):
             raise UserError(
                 f"{self.name}: {home / names[1]} has label {labels.max()}; expected 0..9: is it another set?"
             )
+        if self.rotate:
+            images = np.ascontiguousarray(np.rot90(images, quarter_turns(self.rotate), axes=(1, 2)))
         return self.pictures(images[:, None], labels, split)
 
 
@@ -107,6 +117,6 @@ def read_idx(path: Path, what: str) -> np.ndarray:
     return np.frombuffer(bytearray(data), dtype=np.uint8, offset=start).reshape(shape)
 
 
-def _either(home: Path, name: str, remedy: str) -> Path:
+def _either(home: Path, name: str, what: str, remedy: str) -> Path:
     """The gzipped file, or the plain one."""
-    return home / name if (home / name).is_file() else require_files(home, [f"{name}.gz"], "fashion_mnist", remedy)[0]
+    return home / name if (home / name).is_file() else require_files(home, [f"{name}.gz"], what, remedy)[0]

@@ -13,7 +13,7 @@ from fedcore.data.base import FedData
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["CIFAR_MEAN", "CIFAR_STD", "ImageData"]
+__all__ = ["CIFAR_MEAN", "CIFAR_STD", "ImageData", "quarter_turns"]
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 """fedswa.md section 4; used for both CIFAR sets."""
@@ -64,3 +64,14 @@ class ImageData(FedData):
             augment=CropFlip(self.padding) if self.augment and split == "train" else None,
             transform=Normalise(mean, std, self.image_size),
         )
+
+
+def quarter_turns(degrees: int) -> int:
+    """How many times a picture is turned to the left by 90 degrees.
+
+    Raises:
+        UserError: other than 0, 90, 180 or 270 degrees.
+    """
+    if degrees not in (0, 90, 180, 270):
+        raise UserError(f"rotate={degrees}; expected 0 (as stored), 90, 180 or 270 degrees to the left")
+    return degrees // 90

@@ -14,7 +14,7 @@ _EXPORTS = {
     "RankError": "init",
     "adapter_state": "state",
     "aggregate_concat_qr": "aggregate",
-    "export_plain": "peft",
+    "export_plain": "adapter",
     "from_peft": "peft",
     "inject": "injection",
     "kaiming_init": "init",
