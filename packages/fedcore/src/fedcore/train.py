@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -36,15 +37,17 @@ DEFAULT_PRESETS = {
     "tiny_imagenet": "fedswa_tiny_imagenet",
     **{name: "fedadamw_glue" for name in READERS if name.partition(":")[0] == "glue"},
 }
+PICTURES = ("mnist", "svhn", "stl10", "cifar10", "cifar100", "tiny_imagenet", "domainnet")
+OWN_FORMATS = ("npz", "csv")
 LORA_PRESETS = {
+    **{name: "ilora_nlp" for name in READERS if name not in OWN_FORMATS},
+    **dict.fromkeys(PICTURES, "ilora_cv"),
     "": "ilora",
     "digits": "ilora",
     "fashion_mnist": "ilora_fashion",
     "text_domains": "ilora_text",
-    **dict.fromkeys(("cifar10", "cifar100", "tiny_imagenet"), "ilora_cv"),
-    **{name: "ilora_nlp" for name in READERS if name.partition(":")[0] == "glue"},
 }
-"""presets where ranks or an adapter are given, with the data of ``DEFAULT_PRESETS``"""
+"""presets where ranks or an adapter are given, by data"""
 ALIASES = {
     "model": "model.name",
     "partition": "partition.scheme",
@@ -77,13 +80,16 @@ def main() -> int:
 def _with_adapters(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
     """Arguments and presets: those of adapters where ranks or an adapter are given.
 
-    A preset says how the base was trained, which says nothing about clients of a function of one's own; these get no
-    preset, but its method.
+    Data that no preset is for, and clients of a function of one's own, get only the presets' method.
     """
     given = {argument.partition("=")[0].replace("-", "_") for argument in arguments}
     if not given & {"__lora.ranks", "__lora.adapter"}:
         return arguments, DEFAULT_PRESETS
-    if "__datasets" not in given:
+    pairs = [
+        *itertools.pairwise(arguments),
+        *(tuple(argument.split("=", 1)) for argument in arguments if "=" in argument),
+    ]
+    if "__datasets" not in given and not any(("--data", name) in pairs for name in OWN_FORMATS):
         return arguments, LORA_PRESETS
     return (arguments if given & {"__algorithm", "__config", "__resume"} else ["--algorithm", "ilora", *arguments]), {}
 
