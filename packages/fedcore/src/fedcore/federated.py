@@ -6,12 +6,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedcore.algorithm import Algorithm
+from fedcore.privacy_settings import PrivacyConfig
 from fedcore.simulation import Simulation
 
 __all__ = ["federate"]
 
 
-def federate(module: Any, datasets: Sequence[Any], algorithm: Algorithm | str = "fedavg", **options: Any) -> Simulation:
+def federate(
+    module: Any,
+    datasets: Sequence[Any],
+    algorithm: Algorithm | str = "fedavg",
+    *,
+    privacy: PrivacyConfig | None = None,
+    **options: Any,
+) -> Simulation:
     """A simulation that trains ``module`` over ``datasets``, one a client.
 
     Args:
@@ -20,12 +28,19 @@ def federate(module: Any, datasets: Sequence[Any], algorithm: Algorithm | str = 
         datasets: map-style datasets; samples are collated as by a DataLoader, or by the dataset's own
             ``batch(indices, generator)``.
         algorithm: an algorithm or its name.
+        privacy: client-level differential privacy, through which every upload goes; the simulation is a
+            ``fedcore.privacy.PrivateSimulation`` then, with ``report()`` and ``epsilon``.
         options: of ``Simulation``.
 
     Raises:
-        UserError: unknown algorithm, or data that the module does not take.
+        UserError: unknown algorithm, data that the module does not take, or, with ``privacy``, what no guarantee can be
+            given for.
     """
     from fedcore.algorithms import create
 
     chosen: Algorithm = create(algorithm) if isinstance(algorithm, str) else algorithm
+    if privacy is not None:
+        from fedcore.privacy.simulation import PrivateSimulation
+
+        return PrivateSimulation(module, datasets, chosen, privacy=privacy, **options)
     return Simulation(module, datasets, chosen, **options)

@@ -24,6 +24,8 @@ class Reducer:
 
     needs_reports: ClassVar[bool] = True
     """whether a round in which no client reported is an error"""
+    tells: bool = True
+    """whether the clients that were dropped may be named in the log"""
 
     def __init__(self, kind: str, weighting: Literal["uniform", "samples"]) -> None:
         self.kind, self.by_samples = kind, weighting == "samples"

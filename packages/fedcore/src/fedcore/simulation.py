@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +64,9 @@ class Simulation:
         UserError: options out of range, an unknown engine, or a model that does not take the clients' data.
     """
 
+    private: ClassVar[bool] = False
+    """whether uploads go through a privacy mechanism"""
+
     def __init__(
         self,
         model: Any,
@@ -93,6 +96,10 @@ class Simulation:
         if weighting not in ("uniform", "samples"):
             raise UserError(f"weighting={weighting!r}; expected uniform or samples")
         check_engine(engine)
+        if algorithm.private and not self.private:
+            raise UserError(
+                f"{type(algorithm).__name__} needs a privacy mechanism; use federate(..., privacy=PrivacyConfig(...))"
+            )
         plan = LocalPlan(batch_size, local_epochs, max_steps, shuffle, seed, exact_steps)
         data = [ClientData(dataset) for dataset in clients]
         self.ranks = _checked_ranks(ranks, len(data))
@@ -109,6 +116,7 @@ class Simulation:
             for learner in learners.values():
                 learner.keep_base()
         self.cohorts = _checked_cohorts(cohorts, len(data))
+        self.fraction = fraction
         self.cohort_size = max(map(len, self.cohorts)) if self.cohorts else cohort_size(len(data), fraction)
         self.seed, self.rounds = seed, rounds
         self.weighting: Literal["uniform", "samples"] = weighting
@@ -206,7 +214,8 @@ class Simulation:
         states: list[tuple[int, Tree]] = []
         for result in self._chosen_engine().run(work):
             if result.error:
-                log.warning("round %d: client %s dropped: %s", self.done, result.client.id, result.error)
+                if reducer.tells:
+                    log.warning("round %d: client %s dropped: %s", self.done, result.client.id, result.error)
             else:
                 reducer.add(result)
                 states.append((result.client.id, result.state))
@@ -326,6 +335,8 @@ class Simulation:
         """
         if state["schema_version"] > SCHEMA_VERSION:
             raise UserError(f"state of schema version {state['schema_version']}; this fedcore reads {SCHEMA_VERSION}")
+        if "privacy" in state and not self.private:
+            raise UserError("state of a private run, whose privacy ledger would be lost here; resume with privacy=...")
         if state["algorithm"] != type(self.algorithm).__name__:
             raise UserError(f"state of {state['algorithm']}, not of {type(self.algorithm).__name__}")
         if state["flat"].shape != self.flat.shape:
