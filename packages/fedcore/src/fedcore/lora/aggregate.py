@@ -75,7 +75,8 @@ def aggregate_concat_qr(
         left, right = left * sign, right * sign.unsqueeze(1)
     dtype = factors[0][0].dtype
     left, right = left.to(dtype), right.to(dtype)
-    return [(right[:rank].clone(), left[:, :rank].contiguous()) for rank in target_ranks]
+    whole = torch.contiguous_format
+    return [(right[:r].clone(memory_format=whole), left[:, :r].clone(memory_format=whole)) for r in target_ranks]
 
 
 def residual_factors(factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
