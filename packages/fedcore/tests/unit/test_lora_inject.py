@@ -9,7 +9,7 @@ import pytest
 import torch
 from fedcore.adapters import find_adapters
 from fedcore.lora import LoraLinear, RankError, inject
-from fedcore.lora.injection import default_head, default_targets
+from fedcore.lora.injection import default_head, default_targets, head_parameters, target_layers
 from fedcore.models import build
 from fedcore.spec import ParamSpec
 from polymodal.errors import UserError
@@ -107,6 +107,16 @@ def test_a_head_of_choice():
     assert (layers_of(adapted), whole(adapted)) == (["classifier.dense"], ["classifier.out_proj"])
     adapted = inject(Encoder(), 2, head=["words", "classifier"])
     assert whole(adapted) == ["classifier.dense", "classifier.out_proj", "words"]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"targets": ["query"], "head": ["out_proj"]}, {"targets": ["dense"], "head": ["proj"]}]
+)
+def test_what_would_be_trained_can_be_asked(options):
+    model = Encoder()
+    adapted = inject(model, 2, **options)
+    assert target_layers(model, **options) == layers_of(adapted)
+    assert {*head_parameters(model, options.get("head", ()))} == {n for n in trained(adapted) if ".lora_" not in n}
 
 
 def test_ranks_by_layer():

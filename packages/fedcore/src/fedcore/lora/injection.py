@@ -16,7 +16,15 @@ from fedcore.lora.init import check_rank, kaiming_init, qr_init
 from fedcore.lora.linear import LoraLinear, is_linear, is_transposed, sizes_of
 from fedcore.spec import _head_name
 
-__all__ = ["Init", "default_head", "default_targets", "inject"]
+__all__ = [
+    "Init",
+    "default_head",
+    "default_targets",
+    "head_layers",
+    "head_parameters",
+    "inject",
+    "target_layers",
+]
 
 Init = Literal["kaiming", "qr", "qr_scaled"]
 INITS = ("kaiming", "qr", "qr_scaled")
@@ -78,14 +86,8 @@ def inject(
     _refuse_model(model)
     adapted = copy.deepcopy(model).requires_grad_(False)
     layers: dict[str, nn.Module] = dict(adapted.named_modules())
-    heads = _found(layers, head, "head") if head else default_head(adapted)
-    inside = {name for name in layers if any(name == top or name.startswith(f"{top}.") for top in heads)}
-    wanted = tuple(targets) or (tuple(rank) if isinstance(rank, Mapping) else default_targets(adapted, inside))
-    chosen = [name for name in _found(layers, wanted, "targets") if name not in inside]
-    if not chosen:
-        raise UserError(f"targets {','.join(wanted)} lie in the head {','.join(heads)}, which is trained whole")
-    for name in chosen:
-        _refuse_layer(name, layers)
+    heads = head_layers(adapted, head)
+    chosen = target_layers(adapted, tuple(targets) or (tuple(rank) if isinstance(rank, Mapping) else ()), head)
     if isinstance(rank, Mapping):
         _found(layers, tuple(rank), "rank")
     for name in chosen:
@@ -97,6 +99,35 @@ def inject(
         layers[name].requires_grad_(True)
     _leave_fast_paths(adapted)
     return adapted
+
+
+def head_layers(model: nn.Module, head: Sequence[str] = ()) -> tuple[str, ...]:
+    """The layers that ``inject`` trains whole, in the model's order; UserError where a name has no layer."""
+    return _found(dict(model.named_modules()), head, "head") if head else default_head(model)
+
+
+def head_parameters(model: nn.Module, head: Sequence[str] = ()) -> list[str]:
+    """Names of all parameters of ``head_layers``."""
+    tops = tuple(f"{name}." for name in head_layers(model, head))
+    return [name for name, _ in model.named_parameters() if name.startswith(tops)]
+
+
+def target_layers(model: nn.Module, targets: Sequence[str] = (), head: Sequence[str] = ()) -> list[str]:
+    """The layers that ``inject`` puts adapters on, in the model's order.
+
+    Raises:
+        UserError: a name that no layer has, or a layer that takes no adapter.
+    """
+    layers: dict[str, nn.Module] = dict(model.named_modules())
+    heads = head_layers(model, head)
+    inside = {name for name in layers if any(name == top or name.startswith(f"{top}.") for top in heads)}
+    wanted = tuple(targets) or default_targets(model, inside)
+    chosen = [name for name in _found(layers, wanted, "targets") if name not in inside]
+    if not chosen:
+        raise UserError(f"targets {','.join(wanted)} lie in the head {','.join(heads)}, which is trained whole")
+    for name in chosen:
+        _refuse_layer(name, layers)
+    return chosen
 
 
 def default_targets(model: nn.Module, without: Iterable[str] = ()) -> tuple[str, ...]:
