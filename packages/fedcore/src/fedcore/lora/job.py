@@ -24,7 +24,7 @@ from fedcore.lora.adapter import (
     save_adapter,
     trained_whole,
 )
-from fedcore.lora.injection import default_head, inject
+from fedcore.lora.injection import head_parameters, inject
 from fedcore.lora.pretrain import pretrain
 from fedcore.lora_settings import LoraConfig
 from fedcore.tasks import as_task
@@ -172,14 +172,7 @@ def prepare_base(
     if stored is not None and stored.is_file():
         _load_base(model, stored)
         return
-    pretrain(as_task(model, loss), samples, lora, _head_parameters(model, lora.head), seed=seed)
-
-
-def _head_parameters(model: nn.Module, head: Sequence[str]) -> list[str]:
-    """Parameters of the layers that are trained whole, as ``inject`` finds them."""
-    modules = [n for n, _ in model.named_modules() if n and any(f".{n}".endswith(f".{end}") for end in head)]
-    names = modules if head else default_head(model)
-    return [f"{name}.{own}" for name in names for own, _ in model.get_submodule(name).named_parameters()]
+    pretrain(as_task(model, loss), samples, lora, head_parameters(model, lora.head), seed=seed)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
