@@ -283,7 +283,8 @@ class Simulation:
         plain = isinstance(self.learner.task, StepTask) or self.learner.device.type != "cpu"
         pays = workers > 1 and seconds > POOL_FROM_SECONDS and not plain
         self.engine = "pool" if pays else "serial"
-        log.info("engine %s: a round took %.0f ms, %d cores", self.engine, 1000 * seconds, cores)
+        if not self.private:  # a time tells the size of the cohort
+            log.info("engine %s: a round took %.0f ms, %d cores", self.engine, 1000 * seconds, cores)
         if pays:
             self.close()
 

@@ -49,9 +49,11 @@ ADJACENCY = {
 }
 INTERVAL = 1e-4
 """width of the cells in which PLD counts privacy losses"""
+SEARCH_INTERVAL = 1e-3
+"""for searches, a tenth of the time; what they find is checked at ``INTERVAL``"""
 QUICK_INTERVAL = 1e-2
-"""quick, and too large by little"""
-CELLS = 5e6
+"""for curves over rounds, a fiftieth of the time; up to some thousandths too large"""
+CELLS = 5e5
 """that losses may fill: beyond, cells are made wider, which rounds epsilon up"""
 HOPELESS = 1e6
 """losses beyond which RDP is all that is computed"""
@@ -254,15 +256,19 @@ def calibrate(
         if not good:
             raise UserError(f"{name}={value}; expected a number more than 0")
 
-    def at(sigma: float) -> float:
-        return epsilon(sampling_rate, sigma, rounds, delta, accountant, sampling)
+    def at(sigma: float, interval: float = INTERVAL) -> float:
+        return _epsilon(((Release(sampling, sampling_rate, sigma), rounds),), delta, accountant, interval)
 
-    low, high = _bracket(lambda sigma: at(sigma) > target_epsilon)
+    low, high = _bracket(lambda sigma: at(sigma, QUICK_INTERVAL) > target_epsilon)
     # Nearly a straight line in logarithms, so that few evaluations are enough.
-    found = _root(lambda x: math.log(max(at(math.exp(x)), 1e-12) / target_epsilon), math.log(low), math.log(high))
-    steps = math.ceil(math.exp(found) / STEP - 1e-9)
+    found = _root(
+        lambda x: math.log(max(at(math.exp(x), SEARCH_INTERVAL), 1e-12) / target_epsilon), math.log(low), math.log(high)
+    )
+    steps = max(1, math.ceil(math.exp(found) / STEP))
     while at(steps * STEP) > target_epsilon:
         steps += 1
+    while steps > 1 and at((steps - 1) * STEP) <= target_epsilon:
+        steps -= 1
     return round(steps * STEP, 10)
 
 
@@ -280,11 +286,13 @@ def _bracket(exceeds: Callable[[float], bool]) -> tuple[float, float]:
 
 
 def _root(function: Callable[[float], float], low: float, high: float) -> float:
-    """Where a decreasing function crosses zero; ``high`` where it is below zero everywhere."""
+    """Where a decreasing function crosses zero; an end of the interval where it does not."""
     from scipy.optimize import brentq
 
     if function(low) <= 0:
         return low
+    if function(high) >= 0:
+        return high
     return float(brentq(function, low, high, xtol=1e-5, rtol=1e-12))
 
 
@@ -319,8 +327,8 @@ def rounds_within(events: Sequence[Event], following: Event, target: float, delt
         most: more than these are not asked for.
     """
 
-    def fits(count: int) -> bool:
-        return epsilon_of([*events, *[following] * count], delta) <= target
+    def fits(count: int, interval: float = INTERVAL) -> bool:
+        return epsilon_of([*events, *[following] * count], delta, interval=interval) <= target
 
     if not fits(1):
         return 0
@@ -329,5 +337,7 @@ def rounds_within(events: Sequence[Event], following: Event, target: float, delt
     low, high = 1, most
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+        low, high = (middle, high) if fits(middle, SEARCH_INTERVAL) else (low, middle)
+    while low + 1 < most and fits(low + 1):  # wider cells round up
+        low += 1
     return low

@@ -6,6 +6,7 @@ keep, a forked process could share, or a resumed run could repeat.
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 from collections.abc import Sequence
@@ -101,19 +102,19 @@ class NoiseSource:
         return sorted(int(i) for i in drawn)
 
 
-def _secure_uniform(count: int) -> npt.NDArray[np.float64]:
+def _secure_uniform(count: int) -> npt.NDArray[Any]:
     """Uniform in [0, 1), 53 bits each."""
     bits = np.frombuffer(os.urandom(8 * count), dtype=np.uint64)
-    found: npt.NDArray[np.float64] = (bits >> np.uint64(11)) * 2.0**-53
+    found: npt.NDArray[Any] = (bits >> np.uint64(11)) * 2.0**-53
     return found
 
 
-def _secure_normal(count: int) -> npt.NDArray[np.float64]:
+def _secure_normal(count: int) -> npt.NDArray[Any]:
     """Standard normals, each half the sum of four."""
     half = (DRAWS * count + 1) // 2
     uniform = _secure_uniform(2 * half)
     radius = np.sqrt(-2.0 * np.log1p(-uniform[:half]))  # log of (0, 1]
     angle = (2 * np.pi) * uniform[half:]
     drawn = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
-    found: npt.NDArray[np.float64] = drawn[: DRAWS * count].reshape(DRAWS, count).sum(axis=0) / np.sqrt(DRAWS)
-    return found
+    summed: npt.NDArray[Any] = drawn[: DRAWS * count].reshape(DRAWS, count).sum(axis=0)
+    return summed / math.sqrt(DRAWS)

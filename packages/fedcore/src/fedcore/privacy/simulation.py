@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -88,8 +89,8 @@ class PrivateSimulation(Simulation):
         self._now: RoundWork | None = None
         self._left: int | None = None
         self._refuse_statistics()
-        for reason in self.reasons:
-            log.warning("privacy: epsilon is infinite: %s", reason)
+        for text in [f"epsilon is infinite: {reason}" for reason in self.reasons] + self._doubts():
+            log.warning("privacy: %s", text)
 
     # ------------------------------------------------------------------ what must be true
 
@@ -116,6 +117,12 @@ class PrivateSimulation(Simulation):
             "cohorts are given, not drawn": self.cohorts is not None and privacy.sampling == "poisson",
         }
         return tuple(text for text, true in conditions.items() if true)
+
+    def _doubts(self) -> list[str]:
+        """What the method itself has to say against C."""
+        speak, clip = getattr(self.algorithm, "clip_warning", None), self.privacy.clip
+        found = "" if speak is None or clip is None else speak(clip, self.public_steps, self.algorithm.lr)
+        return [found] if found else []
 
     def _refuse_statistics(self) -> None:
         """UserError where the model has statistics that move in training: they would be released without noise."""
@@ -166,13 +173,27 @@ class PrivateSimulation(Simulation):
             UserError: the ledger cannot be written; nothing has been released then.
         """
         self._check_budget()
+        self._chosen_engine()
         try:
-            row = super().round()
+            with self._discreet():
+                row = super().round()
         finally:
             self._drawn = self._now = None  # a round that is tried again draws other clients
         if not self.privacy.unsafe_debug_metrics:
             del row["seconds"]  # tells the size of the cohort
         return row
+
+    @contextlib.contextmanager
+    def _discreet(self) -> Iterator[None]:
+        """Without the engines' lines on clients that fail, whose errors may even quote data."""
+        logger = logging.getLogger("fedcore.engines")
+        before = logger.level
+        if not self.privacy.unsafe_debug_metrics:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logger.setLevel(before)
 
     def cohort(self) -> list[int]:
         """Clients of the round to come, the same until it has been run. A secret of the server: never to be written."""
@@ -275,7 +296,7 @@ class PrivateSimulation(Simulation):
             self._left = accounting.rounds_within(self.ledger.events, following, target, self.delta, most)
         if not self._left:
             raise BudgetError(
-                f"privacy budget: epsilon is {self.epsilon:.4g} after {len(self.ledger)} releases, another round exceeds "
+                f"privacy budget: epsilon is {self.epsilon:.4g} after {len(self.ledger)} releases, another exceeds "
                 f"privacy.target_epsilon={target:g}; the last checkpoint stands, raise the target or stop here"
             )
 
@@ -320,7 +341,7 @@ class PrivateSimulation(Simulation):
             random=NoiseSource.described[self.noise.mode],
             library=accounting.library_version(),
             reasons=reasons,
-            warnings=tuple(text for text, true in warnings.items() if true),
+            warnings=(*[text for text, true in warnings.items() if true], *self._doubts()),
             unsafe_metrics=privacy.unsafe_debug_metrics,
         )
 
