@@ -89,10 +89,10 @@ class FederationConfig:
     """every client takes exactly max_steps steps, so that their number tells nothing about its data (privacy)"""
     weighting: Literal["uniform", "samples"] = "uniform"
     """how clients are averaged"""
-    engine: Literal["auto", "serial", "pool", "batched"] = "auto"
-    """how clients are computed; auto: serial or pool, on a GPU batched"""
+    engine: Literal["auto", "serial", "pool", "batched", "flower"] = "auto"
+    """how clients are computed; auto: serial or pool, on a GPU batched; flower: Flower's simulation, slower"""
     workers: int | None = None
-    """processes of the pool (default: cores)"""
+    """processes of pool and flower (default: cores)"""
     state_memory_mib: float | None = None
     """memory for client states in MiB; the rest lies in mapped files (default: no limit)"""
     val_share: float = 0.1
@@ -180,7 +180,10 @@ class FedConfig(RunConfig):
         for name in preset:
             if name not in neutral:
                 raise UserError(f"defaults_by_algorithm.{self.algorithm}: no option {PRIVACY}{name}")
-        free = {name: value for name, value in preset.items() if getattr(self.privacy, name) == neutral[name]}
+        noise = {"noise_multiplier", "target_epsilon"}  # one that is given wins over both of the preset
+        said = {name for name, value in neutral.items() if getattr(self.privacy, name) != value}
+        said |= noise if said & noise else set()
+        free = {name: value for name, value in preset.items() if name not in said}
         return dataclasses.replace(self.privacy, **free)
 
     def _defaults(self) -> dict[str, Any]:

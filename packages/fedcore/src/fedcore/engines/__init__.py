@@ -1,4 +1,4 @@
-"""How the clients of a round are computed: one after the other, in worker processes, or together."""
+"""How the clients of a round are computed: one after the other, in worker processes, together, or on many machines."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ if TYPE_CHECKING:
 
 __all__ = ["ENGINES", "check_engine", "make_engine"]
 
-ENGINES = ("auto", "serial", "pool", "batched")
+ENGINES = ("auto", "serial", "pool", "batched", "flower")
 
 
 def check_engine(name: str) -> None:
-    """UserError unless ``name`` is an engine."""
+    """UserError unless ``name`` is an engine, and what it needs is installed."""
     if name not in ENGINES:
         raise UserError(f"engine={name!r}; {did_you_mean(name, ENGINES)}known: {', '.join(ENGINES)}")
+    if name == "flower":
+        import fedcore.flower  # noqa: F401 (says what is missing)
 
 
 def make_engine(simulation: Simulation) -> Engine:
@@ -34,4 +36,8 @@ def make_engine(simulation: Simulation) -> Engine:
         from fedcore.engines.pool import PoolEngine
 
         return PoolEngine(federation, workers=simulation.workers)
+    if name == "flower":
+        from fedcore.flower.engine import engine_of
+
+        return engine_of(simulation)
     return SerialEngine(federation)

@@ -1,0 +1,1 @@
+"""``fed-train`` as a Flower app."""
