@@ -1,4 +1,4 @@
-"""``fed-compare``: algorithms x rates x seeds on one data set, one JSON a cell, one table."""
+"""``fed-compare``: algorithms x options x seeds on one data set, one JSON a cell, one table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from typing import Any
 from polymodal.cli import command
 
 from fedcore.compare_cell import CellRunner
-from fedcore.compare_settings import Cell, CellKey, CompareConfig
+from fedcore.compare_grid import Cell, CellKey
+from fedcore.compare_settings import CompareConfig
 from fedcore.data import READERS
 
 __all__ = ["compare", "main"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import logging
@@ -17,10 +18,15 @@ from polymodal.config import to_dict
 from polymodal.errors import UserError
 
 from fedcore.algorithms import ALGORITHMS, create
-from fedcore.compare_settings import SCHEMA_VERSION, Cell, CompareConfig, settings_hash
+from fedcore.compare_grid import Cell
+from fedcore.compare_settings import SCHEMA_VERSION, CompareConfig, settings_hash
+from fedcore.lora_settings import LoraConfig
+from fedcore.privacy_settings import PrivacyConfig
 from fedcore.world_settings import PartitionConfig
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from fedcore.simulation import Simulation
     from fedcore.world import World
 
@@ -47,7 +53,8 @@ class CellRunner:
         _check_device(config.device)
         self.config = config
         self.fingerprint: str = config.data.fingerprint()
-        self._world: tuple[int, World] | None = None
+        self._world: tuple[Any, World] | None = None
+        self._base: tuple[Any, nn.Module] | None = None
 
     def settings(self, cell: Cell) -> dict[str, Any]:
         """What the cell's result depends on.
@@ -69,18 +76,38 @@ class CellRunner:
         defaults = {
             "options": to_dict(dataclasses.asdict(create(cell.method.algorithm))),
             "partition": to_dict(PartitionConfig()),
+            "lora": to_dict(LoraConfig()),
+            "privacy": to_dict(PrivacyConfig()),
         }
         reduced = _without_new(settings, record.get("settings"), defaults)
         return record if record.get("settings_hash") == settings_hash(reduced) else None
 
-    def world(self, seed: int) -> World:
-        """Clients and splits of a seed."""
+    def world(self, cell: Cell) -> World:
+        """Clients and splits of a cell: those of its seed, without the samples that the base was trained on."""
         from fedcore.world import build_world
 
-        if self._world is None or self._world[0] != seed:
+        lora = self.config.lora_of(cell)
+        key = (cell.seed, _base_of(lora))
+        if self._world is None or self._world[0] != key:
             config = self.config
-            self._world = (seed, build_world(config.data, config.partition, val_share=config.val_share, seed=seed))
+            found = build_world(config.data, config.partition, val_share=config.val_share, seed=cell.seed, lora=lora)
+            self._world = (key, found)
         return self._world[1]
+
+    def model(self, cell: Cell) -> nn.Module:
+        """A model with its first weights; with adapters, the base, which is trained once a seed."""
+        from fedcore.world import make_model
+
+        lora, world = self.config.lora_of(cell), self.world(cell)
+        key = (cell.seed, _base_of(lora))
+        if self._base is None or self._base[0] != key:
+            made = make_model(self.config.model, world, seed=cell.seed, vocabulary=self.config.data.vocabulary)
+            if world.pretrain is not None:
+                from fedcore.lora.job import prepare_base
+
+                prepare_base(made, world.loss, world.pretrain, lora, seed=cell.seed)
+            self._base = (key, made)
+        return copy.deepcopy(self._base[1])
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """The cell's record. A run whose parameters stop being finite is a result too: status ``diverged``."""
@@ -102,7 +129,7 @@ class CellRunner:
         }
         simulation = self._simulation(cell)
         rows: list[dict[str, Any]] = []
-        world = self.world(cell.seed)
+        world = self.world(cell)
         error = None
         try:
             simulation.run(
@@ -126,22 +153,21 @@ class CellRunner:
             "samples_by_client": {"least": min(world.partition.sizes), "most": max(world.partition.sizes)},
             "seconds": round(time.monotonic() - began, 3),
             "metrics": metrics,
+            **({"privacy": simulation.report().to_dict()} if simulation.algorithm.private else {}),
             "rounds": _columns(rows),
         }
 
     def _simulation(self, cell: Cell) -> Simulation:
         from fedcore.assemble import assemble
-        from fedcore.world import make_model
 
-        config, world = self.config, self.world(cell.seed)
-        model = make_model(config.model, world, seed=cell.seed, vocabulary=config.data.vocabulary)
+        config, world = self.config, self.world(cell)
         return assemble(
-            model.to(config.device),
+            self.model(cell).to(config.device),
             lambda module: module,
             world.clients,
             create(cell.method.algorithm, **cell.options),
-            lora=config.lora,
-            privacy=config.privacy,
+            lora=config.lora_of(cell),
+            privacy=config.privacy_of(cell),
             exact_steps=config.exact_steps,
             loss=world.loss,
             batch_size=config.batch_size,
@@ -170,6 +196,11 @@ class CellRunner:
         }
 
 
+def _base_of(lora: LoraConfig) -> str:
+    """What the base of an adapted model depends on."""
+    return json.dumps({k: v for k, v in to_dict(lora).items() if k.startswith("pretrain_")}, sort_keys=True)
+
+
 def _check_device(name: str) -> None:
     import torch
 
@@ -181,7 +212,8 @@ def _check_device(name: str) -> None:
 def _final(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Metrics of the last round, and bytes of the whole run."""
     last = {name: float(value) for name, value in rows[-1].items() if name.partition("/")[0] in ("val", "test")}
-    total = {f"{name}_total": float(sum(row[name] for row in rows)) for name in ("comm/up_bytes", "comm/down_bytes")}
+    counted = [name for name in ("comm/up_bytes", "comm/down_bytes") if all(name in row for row in rows)]
+    total = {f"{name}_total": float(sum(row[name] for row in rows)) for name in counted}
     return last | total
 
 
@@ -233,6 +265,8 @@ def _without_new(settings: dict[str, Any], recorded: Any, defaults: Mapping[str,
     """
     reduced = dict(settings)
     for group, default in defaults.items():
+        if group not in settings:
+            continue
         old = recorded.get(group, {}) if isinstance(recorded, dict) else {}
         reduced[group] = {k: v for k, v in settings[group].items() if k in old or k not in default or v != default[k]}
     return reduced

@@ -1,21 +1,29 @@
-"""From the records of a comparison to picked rates, one Markdown table and the curves."""
+"""From the records of a comparison to picked options, one Markdown table and the curves."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from polymodal.stats import paired_difference, summarise
 from polymodal.tables import markdown
 
 from fedcore.compare_cell import LANDSCAPE_SAMPLES, curve
-from fedcore.compare_settings import CellKey, CompareConfig, Method
+from fedcore.compare_grid import CellKey, Method, Point, edges, said, short_names
+from fedcore.compare_settings import CompareConfig
 
 __all__ = ["Picked", "draw_curves", "pick_rates", "tail_mean", "to_table", "warning_of"]
 
 Records = Mapping[CellKey, Mapping[str, Any]]
 MIB = 2.0**20
+EPSILON = "epsilon"
+PRIVACY = {EPSILON: "epsilon", "delta": "delta", "sigma": "noise_multiplier", "C": "clip"}
+"""column of a private comparison -> field of the privacy report"""
+IN_PRIVACY = ("privacy.clip", "privacy.noise_multiplier", "privacy.delta")
+"""options that those columns show"""
 
 
 @dataclass(frozen=True)
@@ -25,17 +33,19 @@ class Picked:
     Args:
         label: name of the row.
         rate: the rate that was picked; the algorithm's own where no rate was given.
-        of: number of rates in the grid.
-        at_edge: whether the rate is the lowest or highest of a grid of several.
-        diverged: rates of the grid with a seed that diverged.
-        records: by seed; empty where all rates diverged.
+        point: values of all options that had a grid, as picked.
+        of: number of points in the grid.
+        edges: options whose value is the lowest or highest of several.
+        diverged: points of the grid with a seed that diverged.
+        records: by seed; empty where all points diverged.
     """
 
     label: str
     rate: float | None
+    point: Mapping[str, Any]
     of: int
-    at_edge: bool
-    diverged: tuple[float | None, ...]
+    edges: tuple[str, ...]
+    diverged: tuple[Point, ...]
     records: Mapping[int, Mapping[str, Any]]
 
 
@@ -46,60 +56,70 @@ def tail_mean(record: Mapping[str, Any], metric: str, count: int) -> float | Non
 
 
 def pick_rates(config: CompareConfig, records: Records) -> list[Picked]:
-    """For each method the rate whose mean over seeds, of the mean accuracy of the last evaluations, is largest.
+    """For each method the point of its grid with the best mean over seeds of the mean accuracy of the last evaluations.
 
-    A rate with a diverged seed is out. With ``pick=none`` each rate is a row of its own.
+    Options are picked jointly. A point with a diverged seed is out. With ``pick=none`` each point is a row of its own.
     """
     rows = []
     for method in config.rows():
-        rates: tuple[float | None, ...] = method.rates or (None,)
         if config.pick == "none":
             rows += [
-                _picked(config, method, (rate,), records, f"{method.label} {rate:g}" if rate else method.label)
-                for rate in rates
+                _picked(config, method, [point], records, f"{method.label} {_point(point)}" if point else method.label)
+                for point in method.points
             ]
         else:
-            rows.append(_picked(config, method, rates, records, method.label))
+            rows.append(_picked(config, method, method.points, records, method.label))
     return rows
 
 
-def _picked(
-    config: CompareConfig, method: Method, rates: Sequence[float | None], records: Records, label: str
-) -> Picked:
-    by_rate = {rate: {seed: records[method.label, rate, seed] for seed in config.seeds} for rate in rates}
-    good = {rate: found for rate, found in by_rate.items() if all(r["status"] == "finished" for r in found.values())}
-    diverged = tuple(rate for rate in rates if rate not in good)
+def _picked(config: CompareConfig, method: Method, points: Sequence[Point], records: Records, label: str) -> Picked:
+    by_point = {point: {seed: records[method.label, point, seed] for seed in config.seeds} for point in points}
+    good = {point: found for point, found in by_point.items() if all(r["status"] == "finished" for r in found.values())}
+    diverged = tuple(point for point in points if point not in good)
     if not good:
-        return Picked(label, None, len(rates), False, diverged, {})
+        return Picked(label, None, {}, len(points), (), diverged, {})
     split = "test" if config.pick == "test" else "val"
 
-    def score(rate: float | None) -> float:
-        values = [tail_mean(record, f"{split}/accuracy", config.tail) for record in good[rate].values()]
+    def score(point: Point) -> float:
+        values = [tail_mean(record, f"{split}/accuracy", config.tail) for record in good[point].values()]
         return sum(v for v in values if v is not None) / max(len(values), 1)
 
-    rate = max(good, key=score)
-    edge = len(rates) > 1 and rate in (min(r for r in rates if r is not None), max(r for r in rates if r is not None))
-    shown = next(iter(good[rate].values()))["rate"]
-    return Picked(label, shown, len(rates), edge, diverged, good[rate])
+    best = max(good, key=score)
+    at = edges(method.grid, dict(best)) if len(points) > 1 else ()
+    shown = next(iter(good[best].values()))["rate"]
+    return Picked(label, shown, dict(best), len(points), at, diverged, good[best])
+
+
+def _point(point: Point | Mapping[str, Any]) -> str:
+    """The rate alone, or options by name where there are more."""
+    chosen = dict(point)
+    if tuple(chosen) == ("lr",):
+        return said(chosen["lr"])
+    names = short_names(chosen)
+    return ", ".join(f"{names[name]} {said(value)}" for name, value in chosen.items()) or "its defaults"
 
 
 # ------------------------------------------------------------------ table
 
 
 def warning_of(config: CompareConfig) -> str:
-    """One line where rates were picked on the test samples; empty otherwise."""
-    if config.pick != "test" or all(len(method.rates) < 2 for method in config.rows()):
+    """One line where options were picked on the test samples; empty otherwise."""
+    if config.pick != "test" or all(len(method.points) < 2 for method in config.rows()):
         return ""
     return "WARNING: rates were picked on the test samples; these accuracies are too good. Use --pick val for results."
+
+
+Column = tuple[str, Callable[[Picked], str]]
 
 
 def to_table(config: CompareConfig, rows: Sequence[Picked]) -> str:
     """Heading, table and notes as Markdown."""
     tail = min(config.tail, -(-config.rounds // config.eval_every))
     baseline = next((row for row in rows if _is(row, config.against or rows[0].label)), rows[0])
-    columns: list[tuple[str, Callable[[Picked], str]]] = [
+    columns: list[Column] = [
         ("method", lambda row: row.label),
         ("rate", lambda row: "–" if row.rate is None else f"{row.rate:g}"),
+        *_option_columns(rows),
         (f"test accuracy, last {tail} (%)", lambda row: _summary(_tails(config, row, "test"))),
         (f"difference to {baseline.label} [95 %]", lambda row: _difference(config, row, baseline)),
         ("final (%)", lambda row: _summary(_finals(row, "test/accuracy", 100.0))),
@@ -119,6 +139,46 @@ def to_table(config: CompareConfig, rows: Sequence[Picked]) -> str:
     notes = "\n".join(f"- {note}" for note in _notes(config, rows))
     head = f"### {config.name}"
     return "\n\n".join(part for part in (head, warning_of(config), table, notes) if part) + "\n"
+
+
+def _option_columns(rows: Sequence[Picked]) -> list[Column]:
+    """What was picked besides the rate, ranks where methods differ in them, and what is promised of private methods."""
+    picked = dict.fromkeys(name for row in rows for name in row.point if name not in {"lr", *IN_PRIVACY})
+    names = short_names(picked)
+    columns: list[Column] = [(names[name], partial(_value, name)) for name in picked]
+    if "lora.ranks" not in picked and len({_ranks(row) for row in rows if row.records}) > 1:
+        columns.append(("ranks", _ranks))
+    if any(_promise(row) for row in rows):
+        columns += [(title, partial(_promised, title)) for title in PRIVACY]
+    return columns
+
+
+def _value(name: str, row: Picked) -> str:
+    return said(row.point[name]) if name in row.point else "–"
+
+
+def _ranks(row: Picked) -> str:
+    lora = next((record["settings"].get("lora", {}) for record in row.records.values()), {})
+    return ", ".join(map(str, lora.get("ranks", ()))) or "–"
+
+
+def _promise(row: Picked) -> dict[str, Any]:
+    """The privacy report with the largest epsilon of any seed; empty for methods that are not private."""
+    found = [record["privacy"] for record in row.records.values() if record.get("privacy")]
+    return max(found, key=_epsilon, default={})
+
+
+def _epsilon(report: Mapping[str, Any]) -> float:
+    return float(report["epsilon"])  # infinity is written as a text
+
+
+def _promised(title: str, row: Picked) -> str:
+    report = _promise(row)
+    if not report:
+        return "–"
+    if title == EPSILON:
+        return "∞" if math.isinf(_epsilon(report)) else f"{_epsilon(report):.2f}"
+    return said(report[PRIVACY[title]])
 
 
 def _is(row: Picked, label: str) -> bool:
@@ -168,16 +228,19 @@ def _rounds_to(config: CompareConfig, row: Picked) -> str:
 
 def _notes(config: CompareConfig, rows: Sequence[Picked]) -> list[str]:
     cap = f" (at most {config.max_steps} steps)" if config.max_steps else ""
+    local = f"{config.max_steps} local steps each" if config.exact_steps else f"{config.local_epochs} local epochs{cap}"
     federation = (
         f"{config.data.name}, {_clients(config)}, {config.fraction:g} of them a round, batch {config.batch_size},"
-        f" {config.local_epochs} local epochs{cap}, {config.rounds} rounds, seeds"
+        f" {local}, {config.rounds} rounds, seeds"
         f" {', '.join(map(str, config.seeds))};"
         " mean ± sample deviation over seeds, differences paired by seed with their 95 % t-interval"
     )
-    notes = [federation]
+    notes = [federation, *_adapter_notes(config), *_privacy_notes(config, rows)]
+    several = any(set(row.point) - {"lr"} for row in rows)
     if config.pick != "none" and any(row.of > 1 for row in rows):
         where = "the validation split" if config.pick == "val" else "THE TEST SPLIT"
-        notes.append(f"rates picked on {where} by the mean over seeds of the last {config.tail} evaluations")
+        what = "options with a grid picked jointly" if several else "rates picked"
+        notes.append(f"{what} on {where} by the mean over seeds of the last {config.tail} evaluations")
     if config.landscape:
         notes.append(
             "eigenvalue and sharpness (filter-normalised, radius 0.1) of the last model, on up to"
@@ -185,18 +248,44 @@ def _notes(config: CompareConfig, rows: Sequence[Picked]) -> list[str]:
         )
     sizes = {row.of for row in rows}
     if config.pick != "none" and len(sizes) > 1:
-        notes.append("unequal tuning: " + ", ".join(f"{row.label} {row.of}" for row in rows) + " rates")
-    edges = [f"{row.label} ({row.rate:g})" for row in rows if row.at_edge]
-    if edges:
-        notes.append(f"picked at the end of the grid: {', '.join(edges)}")
-    lost = [
-        f"{row.label} at {', '.join('its default rate' if r is None else f'{r:g}' for r in row.diverged)}"
-        for row in rows
-        if row.diverged
-    ]
+        counted = ", ".join(f"{row.label} {row.of}" for row in rows)
+        notes.append(f"unequal tuning: {counted} {'combinations' if several else 'rates'}")
+    ends = [f"{row.label} ({_point({name: row.point[name] for name in row.edges})})" for row in rows if row.edges]
+    if ends:
+        notes.append(f"picked at the end of the grid: {', '.join(ends)}")
+    between = "; " if several else ", "
+    lost = [f"{row.label} at {between.join(map(_lost, row.diverged))}" for row in rows if row.diverged]
     if lost:
         notes.append(f"diverged in some seed and out of the choice: {'; '.join(lost)}")
     return notes
+
+
+def _adapter_notes(config: CompareConfig) -> list[str]:
+    if not config.lora.on:
+        return []
+    ranks = ", ".join(map(str, config.lora.ranks))
+    note = f"adapters of ranks {ranks} in turn over the clients, s = {config.lora.scaling:g}"
+    if config.lora.pretrain_epochs:
+        labels = ", ".join(map(str, config.lora.pretrain_labels))
+        note += f"; the base was trained for {config.lora.pretrain_epochs} epochs on samples that no client has"
+        note += f", of the labels {labels}" if labels else ""
+    return [note]
+
+
+def _privacy_notes(config: CompareConfig, rows: Sequence[Picked]) -> list[str]:
+    report = next((found for found in map(_promise, rows) if found), None)
+    if report is None:
+        return []
+    runs = sum(row.of for row in rows if _promise(row)) * len(config.seeds)
+    return [
+        f"epsilon by the {report['accountant']} accountant, for one client added or removed, of one run:"
+        f" the {runs} private runs of this table are not added up, and the validation samples on which options were"
+        " picked count as public"
+    ]
+
+
+def _lost(point: Point) -> str:
+    return _point(point) if point else "its default rate"
 
 
 def _clients(config: CompareConfig) -> str:

@@ -15,71 +15,28 @@ from polymodal.config import to_dict
 from polymodal.errors import UserError
 
 from fedcore.algorithms import ALGORITHMS
+from fedcore.compare_grid import Cell, Method, split_grid
 from fedcore.data.base import FedData
 from fedcore.data.digits import Digits
 from fedcore.lora_settings import LoraConfig
 from fedcore.privacy_settings import PrivacyConfig
 from fedcore.world_settings import ModelConfig, PartitionConfig
 
-__all__ = ["SCHEMA_VERSION", "Cell", "CellKey", "CompareConfig", "Method", "settings_hash"]
+__all__ = ["SCHEMA_VERSION", "CompareConfig", "settings_hash"]
 
 SCHEMA_VERSION = 1
-CellKey = tuple[str, float | None, int]
-"""(label of the method, rate, seed)"""
-
-
-@dataclass(frozen=True)
-class Method:
-    """A row of the comparison before its rate is picked.
-
-    Args:
-        label: name of the row.
-        algorithm: registered name.
-        options: options of the algorithm without its rate.
-        rates: the grid; empty: the algorithm's own default.
-    """
-
-    label: str
-    algorithm: str
-    options: dict[str, Any]
-    rates: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run: a method with one rate (None: the algorithm's default) and one seed."""
-
-    method: Method
-    rate: float | None
-    seed: int
-
-    @property
-    def key(self) -> CellKey:
-        """Label, rate and seed."""
-        return self.method.label, self.rate, self.seed
-
-    @property
-    def name(self) -> str:
-        """Name of its file."""
-        rate = "" if self.rate is None else f"-lr{self.rate:g}"
-        return f"{self.method.label}{rate}-seed{self.seed}"
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Options of the algorithm with the rate."""
-        return self.method.options if self.rate is None else {**self.method.options, "lr": self.rate}
 
 
 @dataclass
 class CompareConfig:
-    """Algorithms x rates x seeds on one data set."""
+    """Algorithms x options x seeds on one data set."""
 
     name: str = "compare"
     """name of the comparison"""
     algorithms: list[str] = field(default_factory=lambda: ["fedavg", "scaffold", "fedmoswa"])
     """names (see --list-methods), where no methods are given"""
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """rows by label: {algorithm: NAME (default: the label), lr: rate or list of rates, option: value}"""
+    """rows by label: {algorithm: NAME (default: the label), option: value or list}; privacy.clip, lora.ranks … too"""
     base: dict[str, Any] = field(default_factory=dict)
     """options of every algorithm, e.g. {weight_decay: 0.001}"""
     rates: list[float] = field(default_factory=list)
@@ -87,7 +44,7 @@ class CompareConfig:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """root seeds: partition, weights, cohorts, orders; the same for every method"""
     pick: Literal["val", "test", "none"] = "val"
-    """split on which each method's rate is picked (test: with a warning; none: one row a rate)"""
+    """split on which each method's options are picked (test: with a warning; none: one row a point of the grid)"""
     val_share: float = 0.2
     """share of the training split that no client gets, for picking"""
     against: str | None = None
@@ -155,7 +112,7 @@ class CompareConfig:
         if not given:
             raise UserError("no method; give --algorithms or methods")
         found = [self._method(label, dict(options or {})) for label, options in given.items()]
-        if self.pick == "val" and self.val_share == 0 and any(len(method.rates) > 1 for method in found):
+        if self.pick == "val" and self.val_share == 0 and any(len(method.points) > 1 for method in found):
             raise UserError("pick=val with val_share=0; keep a share for validation, or --pick test with its warning")
         if self.against is not None and self.against not in given:
             raise UserError(f"against={self.against}: no such method; methods are {', '.join(given)}")
@@ -166,21 +123,32 @@ class CompareConfig:
             raise UserError(f"method {label!r} becomes a file's name; use letters, digits and _ . + -")
         algorithm = str(options.pop("algorithm", label))
         ALGORITHMS.info(algorithm)
-        rates = options.pop("lr", self.rates)
-        rates = rates if isinstance(rates, list) else [rates]
-        bad = [rate for rate in rates if isinstance(rate, bool) or not isinstance(rate, int | float)]
-        if bad or len(set(rates)) < len(rates):
-            hint = "; YAML takes 1e-3 for a text, write 0.001" if any(isinstance(rate, str) for rate in bad) else ""
-            raise UserError(f"{label}: lr={rates}; expected numbers, none of them twice{hint}")
-        return Method(label, algorithm, {**self.base, **options}, tuple(map(float, rates)))
+        rates = {"lr": self.rates} if self.rates else {}
+        return split_grid(label, algorithm, {**self.base, **rates, **options})
 
     def cells(self) -> Iterator[Cell]:
         """All runs, seed by seed, so that an interrupted comparison has whole seeds first."""
         rows = self.rows()
         for seed in self.seeds:
             for method in rows:
-                for rate in method.rates or (None,):
-                    yield Cell(method, rate, seed)
+                for point in method.points:
+                    yield Cell(method, point, seed)
+
+    def lora_of(self, cell: Cell) -> LoraConfig:
+        """Adapters of a cell.
+
+        Raises:
+            UserError: a value out of its range.
+        """
+        return dataclasses.replace(self.lora, **cell.group("lora"))
+
+    def privacy_of(self, cell: Cell) -> PrivacyConfig:
+        """The mechanism of a cell.
+
+        Raises:
+            UserError: a value out of its range.
+        """
+        return dataclasses.replace(self.privacy, **cell.group("privacy"))
 
     def settings(self, cell: Cell, algorithm: Any, fingerprint: str) -> dict[str, Any]:
         """Everything that the result of a cell depends on, as plain data without folders.
@@ -199,8 +167,9 @@ class CompareConfig:
         other: dict[str, Any] = {"engine": self.engine} if self.engine == "batched" else {}
         other |= {"device": self.device} if self.device != "cpu" else {}
         other |= {"exact_steps": True} if self.exact_steps else {}
-        other |= {"lora": to_dict(self.lora)} if self.lora.on else {}
-        other |= {"privacy": to_dict(self.privacy)} if algorithm.private else {}
+        lora = self.lora_of(cell)
+        other |= {"lora": to_dict(lora)} if lora.on else {}
+        other |= {"privacy": to_dict(self.privacy_of(cell))} if algorithm.private else {}
         return {
             "schema_version": SCHEMA_VERSION,
             "data": {"name": self.data.name, "fingerprint": fingerprint},

@@ -177,9 +177,68 @@ def test_landscape_is_measured_where_asked(fed_compare, tmp_path):
     assert "largest Hessian eigenvalue" in out
 
 
+PRIVATE = {
+    "methods": {"open": {"algorithm": "fedavg"}, "dp": {"algorithm": "dp_fedavg", "privacy.clip": [0.1, 1.0]}},
+    "rates": [0.1],
+    "fraction": 0.5,
+    "exact_steps": True,
+    "max_steps": 2,
+    "privacy": {"noise_multiplier": 0.8, "delta": 0.01},
+    "seeds": [0],
+}
+
+
+def test_a_private_comparison_keeps_and_shows_its_promise(fed_compare, tmp_path):
+    from fedcore.privacy import epsilon
+
+    code, out, err = fed_compare(**PRIVATE)
+    assert code == 0, err
+    found = cells(tmp_path / "results" / "small")
+    assert sorted(found) == ["dp-lr0.1-clip0.1-seed0.json", "dp-lr0.1-clip1-seed0.json", "open-lr0.1-seed0.json"]
+    record = found["dp-lr0.1-clip0.1-seed0.json"]
+    assert record["settings"]["privacy"]["clip"] == record["privacy"]["clip"] == 0.1
+    assert record["privacy"]["epsilon"] == pytest.approx(epsilon(0.5, 0.8, 3, 0.01), rel=1e-6)
+    assert "loss" not in record["rounds"]
+    assert "clients" not in record["rounds"]  # how many came is not public
+    assert "privacy" not in found["open-lr0.1-seed0.json"]
+    head = next(line for line in out.splitlines() if line.startswith("| method"))
+    assert [word.strip() for word in head.split("|")[2:7]] == ["rate", "epsilon", "delta", "sigma", "C"]
+    _, out, _ = fed_compare("--dry_run=true", **PRIVATE)
+    assert out == "nothing left to run\n"
+    _, out, _ = fed_compare("--dry_run=true", "--privacy.noise_multiplier=0.9", **PRIVATE)
+    assert out == "would run dp-lr0.1-clip0.1-seed0\nwould run dp-lr0.1-clip1-seed0\n"
+
+
+ADAPTED = {
+    "model": {"name": "mlp", "options": {"hidden": [8, 8]}},
+    "partition": {"scheme": "dirichlet_label", "clients": 4, "alpha": 1.0},
+    "lora": {"ranks": [2, 3], "pretrain_epochs": 1},
+    "methods": {"fedit": {}, "start": {"algorithm": "fedit", "lora.init": ["qr", "kaiming"]}},
+    "rates": [0.01],
+    "fraction": 1.0,
+    "seeds": [0, 1],
+}
+
+
+def test_adapters_of_unequal_ranks_are_compared_on_one_base(fed_compare, tmp_path):
+    code, out, err = fed_compare(**ADAPTED)
+    assert code == 0, err
+    found = cells(tmp_path / "results" / "small")
+    assert len(found) == 6
+    same, start = found["fedit-lr0.01-seed1.json"], found["start-lr0.01-initkaiming-seed1.json"]
+    assert same["rounds"]["test/accuracy"] == start["rounds"]["test/accuracy"]  # kaiming is FedIT's own start
+    assert same["settings"]["lora"]["ranks"] == [2, 3]
+    assert same["samples_by_client"]["most"] < 1437
+    assert "adapters of ranks 2, 3 in turn over the clients" in out
+    head = next(line for line in out.splitlines() if line.startswith("| method"))
+    assert head.split("|")[3].strip() == "init"
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
+        ({"methods": {"fedavg": {"privacy.clip": [1.0]}}}, "which is not private"),
+        ({"methods": {"fedavg": {"lora.rank": 4}}}, "no option lora.rank"),
         ({"methods": {"fedavgg": {}}}, "unknown algorithm 'fedavgg'"),
         ({"methods": {"fedavg": {"rho": 1.0}}}, "no option 'rho'"),
         ({"methods": {"fedavg": {"lr": ["1e-3"]}}}, "write 0.001"),
