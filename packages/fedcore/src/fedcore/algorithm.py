@@ -231,7 +231,7 @@ class Algorithm:
             state: the client's state; in the batched engine its tensors are (clients, ...).
             ctx: the round, with this client's steps.
             full_grad: ``full_grad(params)`` is the mean gradient (..., P) over the client's data, in eval mode, of the
-                loss without decay.
+                loss without decay; ``full_grad(params, batches=m)`` over the first m batches of the round.
 
         Returns:
             Where to start, (P,) or (clients, P), and what is carried through the steps.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from fedcore.chain import LinearChain, cross_entropy
 from fedcore.spec import ParamSpec
 from fedcore.tasks import Task
 
-__all__ = ["Learner"]
+__all__ = ["Learner", "first_batches"]
 
 EVAL_BATCH = 500
 """samples of a forward pass without gradient"""
@@ -182,14 +183,24 @@ class Learner:
 
         return chain.gradient(params, batch[0], loss, draw)
 
-    def full_gradient(self, params: Tensor, data: ClientData) -> Tensor:
-        """Mean gradient (P,) of the loss over all of ``data``, in eval mode."""
+    def full_gradient(self, params: Tensor, data: ClientData, order: Sequence[Tensor] = (), batches: int = 0) -> Tensor:
+        """Mean gradient (P,) of the loss in eval mode, without augmentation.
+
+        Args:
+            params: (P,).
+            data: of the client.
+            order: its training batches in the round.
+            batches: the mean is over the first so many of ``order``, at most one pass; 0: over all of ``data``.
+        """
+        indices = first_batches(order, batches, len(data)) if batches else _chunks(data)
+        seen = sum(index.numel() for index in indices)
         self.task.module.eval()
         total = torch.zeros_like(params)
         try:
-            for batch in _chunks(data):
+            for index in indices:
+                batch = data.batch(index, None)
                 grad, _ = self(params, batch, rng=0, update_buffers=False)
-                total.add_(grad, alpha=self.task.size(batch) / len(data))
+                total.add_(grad, alpha=self.task.size(batch) / seen)
         finally:  # the next client may be one whose data can be read
             self.task.module.train()
         return total
@@ -200,7 +211,7 @@ class Learner:
         self.task.module.eval()
         seed_global(0)
         with torch.no_grad():
-            found = self.task.evaluate(map(self._here, _chunks(data)))
+            found = self.task.evaluate(self._here(data.batch(index, None)) for index in _chunks(data))
         self.task.module.train()
         return found
 
@@ -213,7 +224,12 @@ def _flat(numel: int, grad: Tensor | None, like: Tensor) -> Tensor:
     return like.new_zeros(numel) if grad is None else grad.reshape(-1)
 
 
-def _chunks(data: ClientData) -> Iterator[Any]:
-    """All samples in stored order, without augmentation."""
-    for index in torch.arange(len(data)).split(EVAL_BATCH):
-        yield data.batch(index, None)
+def _chunks(data: ClientData) -> tuple[Tensor, ...]:
+    """Indices of all samples in stored order."""
+    return torch.arange(len(data)).split(EVAL_BATCH)
+
+
+def first_batches(order: Sequence[Tensor], batches: int, samples: int) -> list[Tensor]:
+    """The first ``batches`` of the training batches in ``order``, no more than one pass over ``samples``."""
+    passed = list(accumulate((index.numel() for index in order), initial=0))
+    return [index for index, before in zip(order[:batches], passed, strict=False) if before < samples]

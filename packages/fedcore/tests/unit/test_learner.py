@@ -95,6 +95,19 @@ def test_full_gradient_is_in_eval_mode_over_all_samples():
     assert model.training
 
 
+@pytest.mark.parametrize(("batches", "indices"), [(1, [4, 1]), (2, [4, 1, 0, 3]), (3, range(5)), (6, range(5))])
+def test_full_gradient_of_some_batches_is_their_mean_within_one_pass(batches, indices):
+    model = toy.mlp()
+    ours = learner(model)
+    x, y = batch(5)
+    order = [torch.tensor(rows) for rows in ([4, 1], [0, 3], [2], [2, 0], [1, 3], [4])]
+    some = torch.tensor(list(indices))
+    loss = nn.functional.cross_entropy(model(x[some]), y[some])
+    expected = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, list(model.parameters()))])
+    data = ClientData(torch.utils.data.TensorDataset(x, y))
+    torch.testing.assert_close(ours.full_gradient(ours.start.clone(), data, order, batches), expected)
+
+
 def test_missing_spans_are_named():
     class Unused(nn.Module):
         def __init__(self):

@@ -158,11 +158,13 @@ def _train(federation: Federation, work: RoundWork, client: Client, state: Tree 
         learner.load_buffers(work.buffers)
     if algorithm.shifts_base:
         learner.shift(work.algorithm.base_shift(work.server, work.params, ctx, client))
-    start, local = algorithm.local_init(received, message, state, ctx, partial(learner.full_gradient, data=data))
+    order = plan.batches(ctx.round, client.id, len(data))
+    full_grad = partial(learner.full_gradient, data=data, order=order)
+    start, local = algorithm.local_init(received, message, state, ctx, full_grad)
     params, losses = start.clone(), torch.zeros((), dtype=torch.float64, device=start.device)
     seed = plan.rng(ctx.round, client.id)
     grad_fn = _WithLoss(learner, losses)
-    for k, indices in enumerate(plan.batches(ctx.round, client.id, len(data))):
+    for k, indices in enumerate(order):
         batch = data.batch(indices, generator(seed, "augment", k) if data.augments else None)
         step = Step(k, client.steps, ctx.round, ctx.lr, ctx.last_lr, (seed + k) % 2**63)
         params, local = algorithm.local_step(params, grad_fn, batch, local, step)

@@ -25,7 +25,7 @@ from fedcore.engines.base import (
 from fedcore.engines.serial import SerialEngine
 from fedcore.engines.stacked_check import checked_gradient
 from fedcore.engines.stacked_data import CannotStackError, StackedData, Windows
-from fedcore.learner import EVAL_BATCH
+from fedcore.learner import EVAL_BATCH, first_batches
 
 if TYPE_CHECKING:
     from fedcore.engines.stacked_gradients import StackedBatch, StackedGradient
@@ -168,11 +168,8 @@ class _Stack:
 
     def _steps(self, params: Tensor, local: Local) -> tuple[Tensor, Local]:
         """The local steps; clients leave the stack, from its end, when theirs are over."""
-        plan, ctx = self.federation.plan, self.work.ctx
-        rows = [
-            self.data.rows(i, plan.batches(ctx.round, client.id, client.samples))
-            for i, client in enumerate(self.clients)
-        ]
+        ctx = self.work.ctx
+        rows = [self.data.rows(i, self._order(client)) for i, client in enumerate(self.clients)]
         windows, grad_fn = Windows(self.data, rows), _GradFn(self)
         active = len(self.clients)
         params_of_all, own_of_all = _Whole(params), _wholes(local.own, active)
@@ -201,12 +198,22 @@ class _Stack:
             self.losses.narrow(0, 0, len(batch.sizes)).add_(losses)
         return grads, losses
 
-    def _full_gradient(self, params: Tensor) -> Tensor:
-        """Mean gradients (clients, P) over all data of each client, in eval mode."""
-        module, sizes = self.learner.task.module, [client.samples for client in self.clients]
+    def _order(self, client: Client) -> list[Tensor]:
+        return self.federation.plan.batches(self.work.ctx.round, client.id, client.samples)
+
+    def _full_gradient(self, params: Tensor, batches: int = 0) -> Tensor:
+        """Mean gradients (clients, P) of each client, in eval mode: over all data, or over its first ``batches``."""
+        module = self.learner.task.module
+        chosen: list[Sequence[Tensor]] = [
+            first_batches(self._order(client), batches, client.samples)
+            if batches
+            else torch.arange(client.samples).split(EVAL_BATCH)
+            for client in self.clients
+        ]
+        sizes = [sum(index.numel() for index in indices) for indices in chosen]
         params = params.expand(len(sizes), -1)
         total = torch.zeros_like(params)
-        rows = [self.data.rows(i, torch.arange(size).split(EVAL_BATCH)) for i, size in enumerate(sizes)]
+        rows = [self.data.rows(i, indices) for i, indices in enumerate(chosen)]
         module.eval()
         try:
             for chunk in range(len(rows[0])):
