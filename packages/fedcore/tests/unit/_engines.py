@@ -2,6 +2,9 @@
 
 import torch
 from fedcore import Simulation
+from fedcore.algorithms import ALGORITHMS
+from fedcore.lora import inject
+from fedcore.privacy import PrivacyConfig, PrivateSimulation
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -22,6 +25,25 @@ def clients(sizes=SIZES, shape=(6,), dtype=torch.float32, seed=0, classes=3):
 def mlp(dropout=0.3):
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Dropout(dropout), nn.Linear(5, 3))
+
+
+RANKS = (1, 3, 2, 3, 1, 2)
+"""of the clients' adapters"""
+
+
+def federation_of(name, dtype=torch.float32, equal=False, dropout=0.3):
+    """``model`` and further options of ``simulate`` that a registered algorithm needs: adapters for those tagged so.
+
+    ``equal``: all of one rank, also where ranks may differ.
+    """
+    info = ALGORITHMS.info(name)
+    if "lora" not in info.tags:
+        return {"model": lambda: mlp(dropout).to(dtype)}
+    ranks = [2] * len(RANKS) if equal or ALGORITHMS.load(name).equal_ranks else RANKS
+    return {"model": lambda: lambda rank: inject(mlp(dropout).to(dtype), rank), "ranks": ranks}
+
+
+PRIVACY = PrivacyConfig(clip=0.5, noise_multiplier=0.3, deterministic_noise_for_tests=True, unsafe_debug_metrics=True)
 
 
 class Convolution(nn.Module):
@@ -46,6 +68,9 @@ class Convolution(nn.Module):
 
 def simulate(algorithm, model=None, data=None, engine="serial", **options):
     options = {"batch_size": 4, "local_epochs": 2, "cohorts": COHORTS, "rounds": 4, **options}
+    if algorithm.private:
+        options = {"max_steps": 5, "exact_steps": True, "privacy": PRIVACY, **options}
+        return PrivateSimulation(model or mlp(), data or clients(), algorithm, engine=engine, **options)
     return Simulation(model or mlp(), data or clients(), algorithm, engine=engine, **options)
 
 

@@ -46,7 +46,7 @@ def both(algorithm, model=engines.mlp, data=engines.clients, workers=2, **option
 
 @pytest.mark.parametrize("name", ALGORITHMS.names())
 def test_every_algorithm_has_the_bits_of_serial(name):
-    both(create(name, lr=0.05))
+    both(create(name, lr=0.05), **engines.federation_of(name))
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 5])
