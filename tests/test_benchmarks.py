@@ -131,6 +131,7 @@ def test_drawn_pictures_are_read_in_the_layouts_and_each_class_is_one_region(ben
         ("shared", ["small"]),
         ("slt", ["packed", "beam", "rates", "split"]),
         ("css", ["step", "index"]),
+        ("fedcore", ["serial", "batched", "methods"]),
     ],
 )
 def test_sections_run_in_tiny_sizes(bench, script, sections, tmp_path, monkeypatch):
@@ -150,13 +151,13 @@ def test_sections_run_in_tiny_sizes(bench, script, sections, tmp_path, monkeypat
 
 
 def run_script(script, *arguments, cwd):
-    """The script as a file, from a foreign folder; ``slt.py`` and ``css.py`` must not hide packages."""
+    """The script as a file, from a foreign folder; ``slt.py``, ``css.py`` and ``fedcore.py`` must not hide packages."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "POLYMODAL_CACHE": str(cwd / "cache")}
     command = [sys.executable, ROOT / "benchmarks" / script, *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
 
 
-@pytest.mark.parametrize("script", ["shared.py", "slt.py", "css.py"])
+@pytest.mark.parametrize("script", ["shared.py", "slt.py", "css.py", "fedcore.py"])
 def test_scripts_start_from_any_folder(script, tmp_path):
     done = run_script(script, "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
