@@ -1,4 +1,4 @@
-"""Federated optimizers, correct baselines, and their simulation on one machine.
+"""Federated optimizers, adapters and privacy, correct baselines, and their simulation.
 
 Importing ``fedcore`` loads no torch; the names below are imported when they are first used.
 """
@@ -17,9 +17,21 @@ _EXPORTS = {
     "Simulation": "fedcore.simulation",
     "federate": "fedcore.federated",
 }
-_MODULES = ("algorithms", "partition")
+_MODULES = ("algorithms", "flower", "lora", "partition", "privacy")
 
-__all__ = ["Algorithm", "History", "RoundError", "Simulation", "__version__", "algorithms", "federate", "partition"]
+__all__ = [
+    "Algorithm",
+    "History",
+    "RoundError",
+    "Simulation",
+    "__version__",
+    "algorithms",
+    "federate",
+    "flower",
+    "lora",
+    "partition",
+    "privacy",
+]
 
 
 def __getattr__(name: str) -> Any:
