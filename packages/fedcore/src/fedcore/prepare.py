@@ -86,16 +86,16 @@ def prepare(config: FedConfig, *, pretrain: bool = True) -> Prepared:
     if pretrain and config.lora.pretrains:
         from fedcore.lora.job import BASE, prepare_base
 
-        stored = _resumed(config) / BASE if config.resume else None
+        stored = _resumed(config, config.resume) / BASE if config.resume else None
         prepare_base(found.model, found.loss, found.pretrain, config.lora, seed=config.seed, stored=stored)
     return found
 
 
-def _resumed(config: FedConfig) -> Path:
+def _resumed(config: FedConfig, resume: str) -> Path:
     """Folder of the run that goes on."""
     from polymodal.run import find_resume
 
-    return find_resume(config.resume, "fedcore", config)[0]
+    return find_resume(resume, "fedcore", config)[0]
 
 
 def trained_module(config: FedConfig, found: Prepared) -> nn.Module:

@@ -89,6 +89,8 @@ def _with_adapters(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
         *itertools.pairwise(arguments),
         *(tuple(argument.split("=", 1)) for argument in arguments if "=" in argument),
     ]
+    if "__lora.ranks" not in given and not given & {"__config", "__resume"}:
+        arguments = [*arguments, "--lora.ranks", "[]"]  # the adapter's own, not the preset's
     if "__datasets" not in given and not any(("--data", name) in pairs for name in OWN_FORMATS):
         return arguments, LORA_PRESETS
     return (arguments if given & {"__algorithm", "__config", "__resume"} else ["--algorithm", "ilora", *arguments]), {}
