@@ -87,8 +87,8 @@ class LoraConfig:
 
 
 def words(value: Any) -> list[str]:
-    """``"a,b"`` or ``["a", "b"]`` as a list."""
-    items = value.split(",") if isinstance(value, str) else list(value or [])
+    """``"a,b"``, ``["a", "b"]`` or one number, as the command line reads names like ``3``, as a list."""
+    items = value if isinstance(value, list | tuple) else [] if value is None else str(value).split(",")
     return [str(item).strip() for item in items if str(item).strip()]
 
 
@@ -98,7 +98,7 @@ def numbers(name: str, value: Any, least: int = 1) -> list[int]:
     Raises:
         UserError: not whole numbers of at least ``least``.
     """
-    found = words([value] if isinstance(value, int) else value)
+    found = words(value)
     if not all(item.isdecimal() and int(item) >= least for item in found):
         raise UserError(f"{name}={value}; expected whole numbers of at least {least}, e.g. 2,4,6")
     return [int(item) for item in found]

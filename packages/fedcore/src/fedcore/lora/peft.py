@@ -48,7 +48,7 @@ def from_peft(model: nn.Module) -> nn.Module:
         UserError: PEFT is missing, the model has no LoRA, or LoRA of another kind than plain on linear layers.
     """
     peft = _peft()
-    inner = model.get_base_model() if isinstance(model, peft.PeftModel) else model  # type: ignore[operator]  # peft's own
+    inner = model.get_base_model() if isinstance(model, peft.PeftModel) else model
     found = copy.deepcopy(inner)
     layers = [(n, x) for n, x in found.named_modules() if isinstance(x, peft.tuners.tuners_utils.BaseTunerLayer)]
     if not layers:

@@ -107,7 +107,7 @@ def pretrain(task: Task, samples: Any, config: LoraConfig, head: Sequence[str], 
         for epoch in range(config.pretrain_epochs):
             order = torch.randperm(len(data), generator=generator(seed, "pretrain", epoch))
             total = 0.0
-            for step, indices in enumerate(order.split(config.pretrain_batch_size)):
+            for step, indices in enumerate(torch.split(order, config.pretrain_batch_size)):
                 rng = derive(seed, "pretrain", epoch, step)
                 batch = _on(data.batch(indices, generator(rng, "augment") if data.augments else None), device)
                 seed_global(rng)
