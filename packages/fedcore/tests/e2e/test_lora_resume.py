@@ -1,0 +1,186 @@
+"""Runs on adapters that were killed end like the run that nobody killed: base, factors, variates, moved weights."""
+
+from __future__ import annotations
+
+import csv
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning  # noqa: F401  # imported here, so that forks start at once
+import pytest
+import torch
+from fedcore import simulation, train
+from fedcore.lora import job
+from polymodal.callbacks import load_checkpoint
+from safetensors.torch import load_file
+
+OPTIONS = ["--lora.ranks", "2,4", "--rounds", "4", "--clients", "3", "--model.options", "{hidden: [12, 8]}"]
+OPTIONS += ["--lora.pretrain_epochs", "2", "--federation.flatness", "0", "--federation.client_samples", "20"]
+OPTIONS += ["--lora.dropout", "0.1", "--engine", "serial", "--log.wandb", "off", "--trainer.progress", "none"]
+METHODS = {
+    "ilora": ["--algorithm_options", "{residual: drop, cv: true}"],
+    "ilora, moved base": ["--algorithm_options", "{residual: fold, cv: true}"],
+    "flora": ["--algorithm", "flora"],
+    "rolora": ["--algorithm", "rolora", "--lora.ranks", "3"],
+    "hetlora": ["--algorithm", "hetlora"],
+}
+FAST = ("ilora", "ilora, moved base")
+Patch = Callable[[], None]
+
+
+def fed_train(out: Path, *arguments: object, patch: Patch = lambda: None) -> tuple[int, str]:
+    """The command in a forked process that ``patch`` prepares; exit code (negative: signal) and stderr."""
+    out.mkdir(parents=True, exist_ok=True)
+    log = out / "stderr.txt"
+
+    def child() -> None:
+        with log.open("w") as handle:
+            os.dup2(handle.fileno(), 2)
+            sys.stderr, sys.stdout = handle, Path(os.devnull).open("w")
+            sys.argv = ["fed-train", *map(str, arguments), "--out", str(out / "runs")]
+            torch.set_num_threads(1)
+            patch()
+            code = train.main()
+            handle.flush()
+            os._exit(code)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(240)
+    assert process.exitcode is not None, "the run hangs"
+    return process.exitcode, log.read_text()
+
+
+def at_call(owner: object, name: str, number: int) -> Patch:
+    """Killed when a function is called for the so-manieth time."""
+
+    def patch() -> None:
+        original, calls = getattr(owner, name), [0]
+
+        def function(*arguments, **options):
+            calls[0] += 1
+            if calls[0] == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*arguments, **options)
+
+        setattr(owner, name, function)
+
+    return patch
+
+
+def folder_of(out: Path) -> Path:
+    (found,) = (out / "runs" / "fedcore").glob("*/")
+    return found
+
+
+def manifest(run: Path) -> dict:
+    return json.loads((run / "manifest.json").read_text())
+
+
+def rows(run: Path) -> list[list[str]]:
+    with (run / "metrics.csv").open() as handle:
+        return [row for row in csv.reader(handle) if not row[2].startswith("perf/")]
+
+
+def tensors(run: Path) -> dict[str, torch.Tensor]:
+    """Everything that a run keeps: server, clients, model, base, what it leaves for others."""
+    checkpoint = load_checkpoint(run / "checkpoints" / "last.ckpt")
+    state, kept = checkpoint["fedcore"]["simulation"], checkpoint["fedcore"]["client_states"]["shard_of"]
+    found = {"flat": state["flat"], **{f"server {k}": v for k, v in state["server"].items()}}
+    found |= {f"model {name}": value for name, value in checkpoint["state_dict"].items()}
+    for file in {run / "checkpoints" / "clients" / name for name in kept.values()}:
+        newest = {client for client, name in kept.items() if name == file.name}
+        found |= {f"client {k}": v for k, v in load_file(file).items() if k.partition("/")[0] in newest}
+    for file in ("base", "adapter/adapter_model", "merged/model"):
+        if (run / f"{file}.safetensors").is_file():
+            found |= {f"{file} {name}": value for name, value in load_file(run / f"{file}.safetensors").items()}
+    return found
+
+
+def same(whole: Path, killed: Path) -> None:
+    """Bit for bit."""
+    assert manifest(killed)["status"] == "finished"
+    assert manifest(killed)["metrics"] == manifest(whole)["metrics"]
+    assert manifest(killed)["data"] == manifest(whole)["data"]
+    assert rows(killed) == rows(whole)
+    left, right = tensors(whole), tensors(killed)
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Callable[[str], Path]:
+    """The run of a method that nobody killed."""
+    known: dict[str, Path] = {}
+
+    def find(method: str) -> Path:
+        if method not in known:
+            out = tmp_path_factory.mktemp("whole")
+            code, error = fed_train(out, *OPTIONS, *METHODS[method])
+            assert code == 0, error
+            known[method] = folder_of(out)
+        return known[method]
+
+    return find
+
+
+ROUND = (simulation.Simulation, "round")
+
+
+@pytest.mark.parametrize("method", [m if m in FAST else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
+def test_killed_and_resumed(whole, tmp_path: Path, method: str) -> None:
+    code, error = fed_train(tmp_path, *OPTIONS, *METHODS[method], patch=at_call(*ROUND, 3))
+    assert code == -signal.SIGKILL, error
+    killed = folder_of(tmp_path)
+    assert manifest(killed)["status"] == "running"
+    code, error = fed_train(tmp_path, "--resume", killed)
+    assert code == 0, error
+    same(whole(method), killed)
+    kept = tensors(killed)
+    assert any(name.startswith("base ") for name in kept)
+    if "ilora" in method:
+        assert any(name.startswith("client ") for name in kept)
+    if method in ("ilora, moved base", "flora"):
+        assert any(name.startswith("server ") for name in kept)
+
+
+MOMENTS = {
+    "before the base is kept": at_call(job, "keep_base", 1),
+    "while the base is written": at_call(job, "write_bytes", 1),
+    "before round 1": at_call(*ROUND, 1),
+    "before the adapter is written": at_call(job, "export", 1),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_at_other_moments(whole, tmp_path: Path, moment: str) -> None:
+    code, error = fed_train(tmp_path, *OPTIONS, *METHODS["ilora"], patch=MOMENTS[moment])
+    assert code == -signal.SIGKILL, error
+    killed = folder_of(tmp_path)
+    code, error = fed_train(tmp_path, *OPTIONS, *METHODS["ilora"], "--resume", "auto")
+    assert code == 0, error
+    same(whole("ilora"), killed)
+
+
+def test_the_base_is_not_trained_again(whole, tmp_path: Path) -> None:
+    code, error = fed_train(tmp_path, *OPTIONS, *METHODS["ilora"], patch=at_call(*ROUND, 2))
+    assert code == -signal.SIGKILL, error
+    assert "base: 2 epochs on" in error
+    code, error = fed_train(tmp_path, "--resume", folder_of(tmp_path))
+    assert code == 0, error
+    assert "base: 2 epochs on" not in error
+    same(whole("ilora"), folder_of(tmp_path))
+
+
+@pytest.mark.slow
+def test_the_pool_has_the_same_bits(whole, tmp_path: Path) -> None:
+    pool = ["--engine", "pool", "--federation.workers", "2"]
+    code, error = fed_train(tmp_path, *OPTIONS, *METHODS["ilora, moved base"], *pool)
+    assert code == 0, error
+    same(whole("ilora, moved base"), folder_of(tmp_path))
