@@ -67,6 +67,9 @@ PROMISED = {
     ("css", "balanced_sample"): ["candidates", "budget", "class_order"],
     ("css", "predict"): ["logits"],
     ("css", "segmentation_report"): ["confusion", "base_classes", "later_classes"],
+    ("fedcore.lora", "qr_init"): ["weight", "rank", "scaling", "rms"],
+    ("fedcore.lora", "aggregate_concat_qr"): ["factors", "weights", "target_ranks", "decomposition", "thin"],
+    ("fedcore.privacy", "epsilon"): ["sampling_rate", "noise_multiplier", "rounds", "delta", "accountant"],
 }
 
 
@@ -75,6 +78,13 @@ def test_promised_callables(module: str, name: str) -> None:
     found = list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
     promised = PROMISED[module, name]
     assert found[: len(promised)] == promised
+
+
+def test_fedcore_reaches_its_parts_by_attribute() -> None:
+    import fedcore
+
+    assert fedcore.privacy.epsilon(0.1, 0.8, 301, 1 / 500) == pytest.approx(13.488, rel=0.01)
+    assert fedcore.lora.qr_init.__module__ == "fedcore.lora.init"
 
 
 def test_ssaw_has_the_promised_submodules() -> None:

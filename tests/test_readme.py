@@ -21,7 +21,7 @@ FILES += [str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("packages/*/README.
 BLOCK = re.compile(r"^```(\w+)( no-run)?\n(.*?)^```", re.M | re.S)
 SLT = ("slt-train", "slt-eval", "slt-translate", "slt-data")
 CSS = ("css-train", "css-eval", "css-predict", "css-data")
-FED = ("fed-train", "fed-compare", "fed-data", "fed-landscape")
+FED = ("fed-train", "fed-compare", "fed-data", "fed-landscape", "fed-privacy")
 PROGRAMS = (*SLT, *CSS, *FED, "polymodal")
 SHORT = ("--fusion", "--epochs", "--model", "--rounds", "--lr", "--clients", "--alpha", "--help")
 
