@@ -152,6 +152,60 @@ def brightness(number, mode):
     return level if mode == "L" else (level, level, level)
 
 
+# ------------------------------------------------------------------ DomainNet, STL-10, SVHN
+
+DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
+THINGS = ("aircraft_carrier", "airplane", "alarm_clock")
+
+
+def domainnet(folder, train=2, test=1):
+    """Lists and pictures of six domains; a wide and a high picture of each class, of one flat brightness.
+
+    The brightness is ``10 + 40 * domain + 10 * class``, whatever the crop.
+    """
+    for place, domain in enumerate(DOMAINS):
+        for split, count in (("train", train), ("test", test)):
+            lines = []
+            for label, thing in enumerate(THINGS):
+                inside = folder / domain / thing
+                inside.mkdir(parents=True, exist_ok=True)
+                for i in range(count):
+                    name = f"{domain}_{label + 1:03}_{split}{i:06}.jpg"
+                    level = 10 + 40 * place + 10 * label
+                    size = (40, 24) if i % 2 == 0 else (24, 30)
+                    Image.new("RGB", size, (level, level, level)).save(inside / name, quality=95)
+                    lines.append(f"{domain}/{thing}/{name} {label}\n")
+            (folder / f"{domain}_{split}.txt").write_text("".join(lines))
+    return folder
+
+
+def stl10(folder, train=20, test=10, seed=0):
+    """``stl10_binary`` in ``folder``; returns the folder, and (pictures (N, 3, 96, 96), labels from 0) by split."""
+    inside, rng, arrays = folder / "stl10_binary", np.random.default_rng(seed), {}
+    inside.mkdir(parents=True)
+    for split, count in (("train", train), ("test", test)):
+        images, labels = rng.integers(0, 256, (count, 3, 96, 96)).astype(np.uint8), np.arange(count) % 10
+        (inside / f"{split}_X.bin").write_bytes(images.swapaxes(2, 3).tobytes())  # column by column
+        (inside / f"{split}_y.bin").write_bytes((labels + 1).astype(np.uint8).tobytes())
+        arrays[split] = (images, labels)
+    return folder, arrays
+
+
+def svhn(folder, train=20, test=10, seed=0):
+    """The two MATLAB files; returns the folder, and (pictures (N, 3, 32, 32), digits) by split."""
+    from scipy.io import savemat
+
+    rng, arrays = np.random.default_rng(seed), {}
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, count in (("train", train), ("test", test)):
+        images, digits = rng.integers(0, 256, (count, 3, 32, 32)).astype(np.uint8), np.arange(count) % 10
+        labels = np.where(digits == 0, 10, digits).astype(np.uint8)[:, None]
+        content = {"X": images.transpose(2, 3, 1, 0), "y": labels}
+        savemat(folder / f"{split}_32x32.mat", content, do_compression=True)
+        arrays[split] = (images, digits)
+    return folder, arrays
+
+
 # ------------------------------------------------------------------ GLUE
 
 GLUE_TSV = {

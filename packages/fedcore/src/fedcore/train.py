@@ -35,6 +35,12 @@ DEFAULT_PRESETS = {
     "cifar10": "fedswa_cifar10",
     "cifar100": "fedswa_cifar100",
     "tiny_imagenet": "fedswa_tiny_imagenet",
+    "mnist": "fashion_mnist",
+    "svhn": "small_pictures",
+    "stl10": "small_pictures",
+    "domainnet": "domainnet",
+    **dict.fromkeys(("imdb", "ag_news", "dbpedia", "yahoo_answers", "yelp", "hatexplain"), "text_sets"),
+    **dict.fromkeys(("newsgroups20", "emotion", "sst5", "mr"), "text_sets"),
     **{name: "fedadamw_glue" for name in READERS if name.partition(":")[0] == "glue"},
 }
 PICTURES = ("mnist", "svhn", "stl10", "cifar10", "cifar100", "tiny_imagenet", "domainnet")

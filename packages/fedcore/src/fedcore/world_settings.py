@@ -43,6 +43,6 @@ class ModelConfig:
     """What is trained."""
 
     name: str = "mlp"
-    """mlp, lenet5, cnn, resnet18_gn, deit_tiny, bag, timm:NAME, hf:FOLDER"""
+    """mlp, lenet5, cnn, resnet18_gn, deit_tiny, bag, text_transformer, timm:NAME, hf:FOLDER"""
     options: dict[str, Any] = field(default_factory=dict)
     """options of the model, e.g. {hidden: [64]}"""

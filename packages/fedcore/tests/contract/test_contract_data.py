@@ -15,20 +15,30 @@ from fedcore.batches import ClientData
 from fedcore.data import READERS, FedData, reader_class
 from polymodal.errors import UserError
 
-_spec = importlib.util.spec_from_file_location("fed_layouts_contract", Path(__file__).parents[1] / "_data_layouts.py")
-layouts = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(layouts)
+
+def load_layouts(file):
+    """A module of files' writers beside the tests."""
+    spec = importlib.util.spec_from_file_location(f"fed_contract{file[:-3]}", Path(__file__).parents[1] / file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+layouts, texts = load_layouts("_data_layouts.py"), load_layouts("_text_layouts.py")
 
 
 def options_for(name, folder):
     """Options of a reader, its files being in ``folder``."""
     if name == "digits":
         return {}
-    if name == "fashion_mnist":
+    if name in texts.WRITERS:
+        return {"root": texts.WRITERS[name](folder)[0]}
+    if name in ("fashion_mnist", "mnist"):
         return {"root": layouts.fashion(folder)[0], "augment": True}
-    if name in ("cifar10", "cifar100", "tiny_imagenet"):
+    if name in ("cifar10", "cifar100", "tiny_imagenet", "stl10", "svhn", "domainnet"):
         made = getattr(layouts, name)(folder)
-        return {"root": made if name == "tiny_imagenet" else made[0]}
+        small = {"image_size": 16} if name == "domainnet" else {"augment": True}
+        return {"root": made[0] if isinstance(made, tuple) else made, **small}
     if name == "text_domains":
         return {"root": layouts.text_domains(folder)}
     if name.startswith("glue"):
@@ -144,7 +154,7 @@ def test_every_option_is_described():
             assert f"{option.name}: " in documented, f"{name}: {option.name}"
 
 
-@pytest.mark.parametrize("name", ["text_domains", "npz", "csv"])
+@pytest.mark.parametrize("name", ["text_domains", "domainnet", "npz", "csv"])
 def test_natural_clients_have_names(name, tmp_path):
     data = reader_class(name)(**options_for(name, tmp_path))
     train = data.load("train")

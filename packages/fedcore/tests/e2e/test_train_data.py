@@ -6,14 +6,24 @@ import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from fedcore.train import DEFAULT_PRESETS
 from polymodal.cli import preset_names
 
-_spec = importlib.util.spec_from_file_location("fed_layouts_train", Path(__file__).parents[1] / "_data_layouts.py")
-layouts = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(layouts)
+
+def load_layouts(file: str) -> ModuleType:
+    """A module of files' writers beside the tests."""
+    spec = importlib.util.spec_from_file_location(f"fed_train{file[:-3]}", Path(__file__).parents[1] / file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+layouts, texts = load_layouts("_data_layouts.py"), load_layouts("_text_layouts.py")
 
 LITTLE = ["--rounds", "2", "--clients", "2", "--fraction", "1", "--federation.batch_size", "4"]
 LITTLE += ["--federation.local_epochs", "1", "--partition.samples", "4", "--federation.flatness", "8"]
@@ -24,6 +34,11 @@ WRITE: dict[str, Callable[[Path], object]] = {
     "tiny_imagenet": lambda folder: layouts.tiny_imagenet(folder, each=40),
     "text_domains": lambda folder: layouts.text_domains(folder),
     "glue": lambda folder: layouts.glue(folder),
+    "mnist": lambda folder: layouts.fashion(folder),
+    "svhn": lambda folder: layouts.svhn(folder),
+    "stl10": lambda folder: layouts.stl10(folder),
+    "domainnet": lambda folder: layouts.domainnet(folder),
+    **texts.WRITERS,
 }
 
 
@@ -39,7 +54,10 @@ def manifest(folder: Path) -> dict:
 SMALL = {
     "fashion_mnist": ("mlp", {"test/accuracy", "test/loss"}),
     "cifar10": ("mlp", {"test/accuracy", "test/loss"}),
+    **{name: ("mlp", {"test/accuracy", "test/loss"}) for name in ("mnist", "svhn", "stl10", "domainnet")},
     "text_domains": ("bag", {"test/accuracy", "test/loss"}),
+    **{name: ("bag", {"test/accuracy", "test/loss"}) for name in texts.WRITERS},
+    "hatexplain": ("text_transformer", {"test/accuracy", "test/loss"}),
     "glue:cola": ("bag", {"test/accuracy", "test/matthews", "test/loss"}),
     "glue:mrpc": ("bag", {"test/accuracy", "test/f1", "test/loss"}),
     "glue:stsb": ("bag", {"test/pearson", "test/spearman", "test/loss"}),
@@ -47,7 +65,8 @@ SMALL = {
 }
 
 
-FAST = ("cifar10", "glue:mnli", "glue:stsb")
+FAST = ("cifar10", "glue:mnli", "glue:stsb", "hatexplain", "domainnet")
+OPTIONS = {"bag": "{dim: 8}", "mlp": "{hidden: [8]}", "text_transformer": "{width: 8, depth: 1, heads: 2}"}
 
 
 @pytest.mark.parametrize(
@@ -57,8 +76,8 @@ def test_official_files_are_trained_on(fed_train, only_run, tmp_path: Path, data
     model, metrics = SMALL[data]
     written = WRITE[data.partition(":")[0]](tmp_path / "files")
     root = written[0] if isinstance(written, tuple) else written
-    options = ["--model", model, "--model.options", "{dim: 8}" if model == "bag" else "{hidden: [8]}"]
-    text = ["--data.buckets", "64"] if model == "bag" else []
+    options = ["--model", model, "--model.options", OPTIONS[model]]
+    text = ["--data.buckets", "64"] if model != "mlp" else ["--data.image_size", "16"] if data == "domainnet" else []
     validate = ["--federation.val_share", "0"] if data.startswith("glue") else []  # three lines a task
     result = fed_train("--data", data, "--data.root", root, *LITTLE, *options, *text, *validate, "--partition", "iid")
     assert result.code == 0, result.err

@@ -233,11 +233,11 @@ def test_tiny_imagenet_decodes_once_and_again_where_a_file_changed(tmp_path, mon
     root = layouts.tiny_imagenet(tmp_path)
     first = TinyImageNet(root=root).fingerprint()
 
-    def refuse(files):
+    def refuse(files, side, picture):
         raise AssertionError("decoded again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("fedcore.data.tiny_imagenet._decode", refuse)
+        patch.setattr("fedcore.data.picture_cache.decode", refuse)
         assert TinyImageNet(root=root).fingerprint() == first
     path = root / "tiny-imagenet-200" / "train" / layouts.WNIDS[0] / "images" / f"{layouts.WNIDS[0]}_1.JPEG"
     content = io.BytesIO()

@@ -61,7 +61,12 @@ class TextData(FedData):
         return self.max_length or (128 if self.pairs else 64)
 
     def fit_to_model(self, model: str) -> None:
-        """Take the tokenizer of the model ``hf:FOLDER`` unless one was given; call it before anything is read."""
+        """Take the tokenizer of the model ``hf:FOLDER`` unless one was given; call it before anything is read.
+
+        ``text_transformer`` sees the order of words itself: the default runs of two words become single words.
+        """
+        if model == "text_transformer" and self.ngrams == type(self).ngrams:
+            self.ngrams = 1
         library, _, folder = model.partition(":")
         if library == "hf" and self.tokenizer is None:
             self.tokenizer = Path(folder).expanduser()

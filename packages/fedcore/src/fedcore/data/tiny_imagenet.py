@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import logging
-import os
-import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from polymodal.errors import UserError
-from polymodal.paths import cache_dir, natural_key, read_text_lines, require_dir, require_files
+from polymodal.paths import natural_key, read_text_lines, require_dir, require_files
 
 from fedcore.data.array_type import ArrayData
 from fedcore.data.images import ImageData
+from fedcore.data.picture_cache import cached_pictures, open_picture
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,9 +19,6 @@ if TYPE_CHECKING:
 __all__ = ["TinyImageNet"]
 
 _SIDE = 64
-_MAX_WORKERS = 16
-_PAUSE = 10.0
-_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -34,14 +26,18 @@ class TinyImageNet(ImageData):
     """Tiny-ImageNet: 100,000 + 10,000 pictures of 200 classes, 3x64x64; random crop (padding 4) and flip in training.
 
     ``<root>/[tiny-imagenet-200/]{wnids.txt, words.txt, train/<wnid>/images/*.JPEG, val/images/*.JPEG,
-    val/val_annotations.txt}``. The class number is the line in ``wnids.txt``. The test split is the official ``val``
-    folder; the pictures of the folder ``test`` have no labels and are not read.
+    val/val_annotations.txt}``. The class number is the line in ``wnids.txt``, or the place in their sorted list, as in
+    ILoRA's scripts. The test split is the official ``val`` folder; the pictures of the folder ``test`` have no labels
+    and are not read.
 
     Args:
         root: ``tiny-imagenet-200``, or the folder that holds it.
         augment: random crop (padding 4) and flip in training.
         image_size: as for all pictures.
+        class_order: ``wnids``, by line of that file, or ``sorted``.
     """
+
+    class_order: Literal["wnids", "sorted"] = "wnids"
 
     name: ClassVar[str] = "tiny_imagenet"
     remedy: ClassVar[str] = "unpack tiny-imagenet-200.zip and give the folder tiny-imagenet-200"
@@ -64,7 +60,9 @@ class TinyImageNet(ImageData):
         ids = [line.strip() for line in read_text_lines(path, f"{self.name} list", self.remedy) if line.strip()]
         if not ids or len(set(ids)) != len(ids):
             raise UserError(f"{self.name}: {path} is empty or has an id twice; unpack it again from the archive")
-        return ids
+        if self.class_order not in ("wnids", "sorted"):
+            raise UserError(f"class_order={self.class_order!r}; expected wnids or sorted")
+        return sorted(ids) if self.class_order == "sorted" else ids
 
     def class_names(self) -> list[str]:
         """The first word for each id, from ``words.txt``; the ids themselves where that is missing."""
@@ -84,18 +82,10 @@ class TinyImageNet(ImageData):
             UserError: a missing or broken file, or an unknown class.
         """
         import numpy as np
-        from polymodal.arrays import ArrayCache, ArrayCacheWriter
 
         files, labels = self._train_files() if split == "train" else self._val_files()
-        stamp = _stamp(files, labels)
-        folder = cache_dir("fedcore", self.name, f"{split}-{stamp[:16]}")
-        if not (folder / "index.json").is_file():
-            start = time.monotonic()
-            _log.info("decoding %d pictures of %s %s into %s", len(files), self.name, split, folder)
-            with ArrayCacheWriter(folder, {"stamp": stamp}, overwrite=True) as writer:
-                writer.add("pictures", _decode(files))
-            _log.info("%s %s decoded in %.1f s", self.name, split, time.monotonic() - start)
-        return self.pictures(np.array(ArrayCache(folder)["pictures"]), np.asarray(labels, dtype=np.int64), split)
+        pictures = cached_pictures(self.name, split, files, labels, _SIDE, _picture, self.remedy)
+        return self.pictures(pictures, np.asarray(labels, dtype=np.int64), split)
 
     def _train_files(self) -> tuple[list[Path], list[int]]:
         home, files, labels = self.home(), [], []
@@ -125,40 +115,9 @@ class TinyImageNet(ImageData):
         return files, labels
 
 
-def _stamp(files: Sequence[Path], labels: Sequence[int]) -> str:
-    """Digest of names, sizes, time stamps and labels: one look at each file, none is opened."""
-    digest = hashlib.sha256(repr((_SIDE, list(labels))).encode())
-    for file in files:
-        found = os.stat(file)  # noqa: PTH116 (a third of the time of Path.stat in a hundred thousand)
-        digest.update(b"%s %d %d " % (os.fsencode(file), found.st_size, found.st_mtime_ns))
-    return digest.hexdigest()
-
-
-def _decode(files: Sequence[Path]) -> np.ndarray:
-    """(N, 3, 64, 64) uint8. Threads: decoding happens outside the interpreter's lock."""
-    import numpy as np
-
-    pictures = np.empty((len(files), 3, _SIDE, _SIDE), dtype=np.uint8)
-    shown = start = time.monotonic()
-    with ThreadPoolExecutor(min(_MAX_WORKERS, os.cpu_count() or 1)) as pool:
-        for done, picture in enumerate(pool.map(_picture, files)):
-            pictures[done] = picture.transpose(2, 0, 1)
-            if (now := time.monotonic()) - shown > _PAUSE:
-                shown, left = now, (len(files) - done) * (now - start) / max(1, done)
-                _log.info("%d of %d pictures decoded, %.0f s left", done, len(files), left)
-    return pictures
-
-
 def _picture(file: Path) -> np.ndarray:
-    """(64, 64, 3) uint8; grey pictures, of which there are some, become RGB."""
-    import numpy as np
-    from PIL import Image
-
-    try:
-        with Image.open(file) as opened:
-            picture = np.asarray(opened.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"tiny_imagenet: {file} cannot be decoded ({error}); unpack it again") from error
+    """(64, 64, 3) uint8."""
+    picture = open_picture(file, "tiny_imagenet")
     if picture.shape != (_SIDE, _SIDE, 3):
         raise UserError(f"tiny_imagenet: {file} is {picture.shape[1]}x{picture.shape[0]}; expected {_SIDE}x{_SIDE}")
     return picture

@@ -22,6 +22,7 @@ MODELS: dict[str, str] = {
     "resnet34_gn": "fedcore.models.resnet:resnet34_gn",
     "deit_tiny": "fedcore.models.deit:DeiTTiny",
     "bag": "fedcore.models.bag:Bag",
+    "text_transformer": "fedcore.models.text_transformer:TextTransformer",
 }
 """Models of our own: name -> ``module:Class``; those of other libraries are ``timm:NAME`` and ``hf:FOLDER``.
 ``cnn`` is the name of ``lenet5`` in benchmarks."""
@@ -50,7 +51,9 @@ def build(name: str, *, num_classes: int, input_shape: tuple[int, ...], **option
     made = getattr(importlib.import_module(module), attribute)
     known = [key for key in inspect.signature(made).parameters if key not in ("num_classes", "input_shape")]
     if options.get("vocabulary") and "vocabulary" not in known:
-        raise UserError(f"model {name} does not take texts; choose bag, or hf:FOLDER with its tokenizer")
+        raise UserError(
+            f"model {name} does not take texts; choose bag or text_transformer, or hf:FOLDER with its tokenizer"
+        )
     for key in options:
         if key not in known:
             hint = did_you_mean(key, known)
