@@ -145,12 +145,14 @@ def both(algorithm, model=engines.mlp, data=engines.clients, nodes=2, rounds=Non
     return other
 
 
-PLAIN = [row.name for row in ALGORITHMS if not {"lora", "dp"} & set(row.tags)]
+QUICK = ("fedavg", "scaffold", "fedmuon", "ilora", "dp_fedpgn", "dp_scaffold")
+"""one of each kind; all others are run by ``-m slow``"""
+NAMES = [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in ALGORITHMS.names()]
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_algorithm_has_the_bits_of_serial(name):
-    both(create(name, lr=0.05), rounds=3)
+    both(create(name, lr=0.05), rounds=3, **engines.federation_of(name))
 
 
 @pytest.mark.parametrize("nodes", [1, 3, 6, 9])

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["RayRuntime", "start"]
 
 log = logging.getLogger(__name__)
-START_SECONDS = 120.0
-"""Ray is given up after this time"""
+ATTEMPTS = 2
+"""Ray gives up where its agent needs more than 15 s to start, as on a very busy machine"""
 OBJECT_STORE_BYTES = 256 * 2**20
 """Ray's shared memory for messages on their way; larger ones go to files"""
 
@@ -107,6 +107,7 @@ class RayRuntime:
     def _run(self, path: Path) -> None:
         """Life of the thread."""
         try:
+            logging.getLogger("flwr").setLevel(logging.ERROR)  # its banner and its notices about later versions
             _init_ray(self.workers)
             self._simulate(path)
         except BaseException as error:  # whatever ends Ray, or Flower with SystemExit: the caller decides what it means
@@ -129,19 +130,31 @@ class RayRuntime:
 
 
 def _init_ray(workers: int) -> None:
-    """Start Ray on this machine alone, as quietly as it gets."""
+    """Start Ray on this machine alone, as quietly as it gets.
+
+    Raises:
+        Exception: it does not start, twice.
+    """
     import ray
 
-    if not ray.is_initialized():
-        ray.init(
-            num_cpus=workers,
-            include_dashboard=False,
-            configure_logging=True,
-            logging_level="ERROR",
-            log_to_driver=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            _node_ip_address="127.0.0.1",
-        )
+    if ray.is_initialized():
+        return
+    for attempt in range(ATTEMPTS):
+        try:
+            ray.init(
+                num_cpus=workers,
+                include_dashboard=False,
+                logging_level="ERROR",
+                log_to_driver=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _node_ip_address="127.0.0.1",
+            )
+        except Exception:  # Ray raises that class itself
+            ray.shutdown()
+            if attempt + 1 == ATTEMPTS:
+                raise
+        else:
+            return
 
 
 def _save(federation: Federation, path: Path) -> None:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["Nodes", "RemoteClient", "remote_clients"]
 
 log = logging.getLogger(__name__)
+AGAIN = 60.0
+"""seconds after which a node that did not say what it hosts is asked again"""
 QUERIES = 64
 """nodes that are asked at a time: Flower's stores look through all messages that wait"""
 
@@ -39,14 +41,14 @@ class Nodes:
         self._clients: dict[int, tuple[int, ...]] = {}
         self._online: set[int] = set()
         self._failed: set[int] = set()
+        self._again: dict[int, float] = {}
         self._partitions = 0
 
     def refresh(self) -> None:
         """Note who is connected; ask the nodes that were not asked yet."""
         self._online = set(self.grid.get_node_ids())
-        new = sorted(self._online - set(self._clients))
-        if not new:
-            return
+        now = time.monotonic()
+        new = [n for n in sorted(self._online - set(self._clients)) if self._again.get(n, now) <= now]
         for first in range(0, len(new), QUERIES):
             self._ask(new[first : first + QUERIES])
 
@@ -58,6 +60,7 @@ class Nodes:
             except ProtocolError as error:
                 errors[node] = str(error)
         for node, text in errors.items():
+            self._again[node] = time.monotonic() + AGAIN
             log.warning("node %s does not say what it hosts: %s", node, text)
 
     def exchange(
