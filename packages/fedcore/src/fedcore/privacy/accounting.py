@@ -52,7 +52,7 @@ INTERVAL = 1e-4
 SEARCH_INTERVAL = 1e-3
 """for searches, a tenth of the time; what they find is checked at ``INTERVAL``"""
 QUICK_INTERVAL = 1e-2
-"""for curves over rounds, a fiftieth of the time; up to some thousandths too large"""
+"""for curves over rounds, a fiftieth of the time"""
 CELLS = 5e5
 """that losses may fill: beyond, cells are made wider, which rounds epsilon up"""
 HOPELESS = 1e6
@@ -260,10 +260,15 @@ def calibrate(
         return _epsilon(((Release(sampling, sampling_rate, sigma), rounds),), delta, accountant, interval)
 
     low, high = _bracket(lambda sigma: at(sigma, QUICK_INTERVAL) > target_epsilon)
-    # Nearly a straight line in logarithms, so that few evaluations are enough.
-    found = _root(
-        lambda x: math.log(max(at(math.exp(x), SEARCH_INTERVAL), 1e-12) / target_epsilon), math.log(low), math.log(high)
-    )
+
+    def gap(interval: float) -> Callable[[float], float]:  # nearly a straight line in logarithms: few evaluations
+        return lambda x: math.log(max(at(math.exp(x), interval), 1e-12) / target_epsilon)
+
+    found = _root(gap(SEARCH_INTERVAL), math.log(low), math.log(high))
+    exact, width = gap(INTERVAL), 0.01
+    while exact(found - width) <= 0 and found - width > math.log(STEP):  # wider cells round up: less noise may do
+        found, width = found - width, 2 * width
+    found = _root(exact, found - width, found)
     steps = max(1, math.ceil(math.exp(found) / STEP))
     while at(steps * STEP) > target_epsilon:
         steps += 1
@@ -330,14 +335,17 @@ def rounds_within(events: Sequence[Event], following: Event, target: float, delt
     def fits(count: int, interval: float = INTERVAL) -> bool:
         return epsilon_of([*events, *[following] * count], delta, interval=interval) <= target
 
+    def last(low: int, high: int, interval: float) -> int:
+        """The last count that fits, where ``low`` does and ``high`` does not."""
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle, interval) else (low, middle)
+        return low
+
     if not fits(1):
         return 0
     if fits(most):
         return most
-    low, high = 1, most
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle, SEARCH_INTERVAL) else (low, middle)
-    while low + 1 < most and fits(low + 1):  # wider cells round up
-        low += 1
-    return low
+    found = last(1, most, SEARCH_INTERVAL)
+    near = min(most, found + found // 20 + 2)  # wider cells round up: a few more may fit
+    return last(near, most, INTERVAL) if near < most and fits(near) else last(found, near, INTERVAL)
