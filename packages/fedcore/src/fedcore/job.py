@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fedcore.algorithm import Algorithm
     from fedcore.module import FederatedModule
     from fedcore.prepare import Prepared
+    from fedcore.privacy.report import PrivacyReport
     from fedcore.simulation import Simulation
 
 __all__ = ["Job"]
@@ -32,6 +33,8 @@ class Job:
 
     Attributes:
         exported: what ``finish`` wrote for other programs, and where; empty where there are no adapters.
+        privacy: the mechanism, of use to private algorithms only.
+        report: of privacy, after ``finish``; None where the algorithm is not private.
 
     Raises:
         UserError: an unknown algorithm or option, or a value out of range.
@@ -42,6 +45,8 @@ class Job:
         self.info = ALGORITHMS.info(config.algorithm)
         self.algorithm: Algorithm = ALGORITHMS.create(config.algorithm, **config.options_of_algorithm())
         self.exported = ""
+        self.privacy = config.privacy_of_algorithm()
+        self.report: PrivacyReport | None = None
 
     @cached_property
     def prepared(self) -> Prepared:
@@ -74,6 +79,7 @@ class Job:
             UserError: what does not fit first.
         """
         from fedcore.module import rounds_trainer
+        from fedcore.private_run import say_doubts
 
         rounds_trainer(self.config.trainer, self.config.federation.rounds)
         for option, given in (
@@ -86,12 +92,16 @@ class Job:
                 )
         self.algorithm.rate(0, self.config.federation.rounds)
         self.algorithm.rate(self.config.federation.rounds - 1, self.config.federation.rounds)
-        self.simulation.cohort()
+        if not self.simulation.private:
+            self.simulation.cohort()
+        say_doubts(self.config, self.privacy, self.simulation)
 
     # ------------------------------------------------------------------ what would be done
 
     def plan(self) -> str:
         """What would be trained, for ``--dry-run``."""
+        from fedcore.private_run import planned
+
         config, found, simulation = self.config, self.prepared, self.simulation
         federation, sizes = config.federation, [len(data) for data in simulation.federation.data]
         steps = [simulation.federation.plan.steps(size) for size in sizes]
@@ -104,6 +114,7 @@ class Job:
             f"algorithm   {config.algorithm} {config.options_of_algorithm() or ''}".rstrip(),
             f"rounds      {rounds}, {cohort} clients a round, {min(steps)} to {max(steps)} local steps",
             *self._adapters(),
+            *planned(simulation, rounds),
             f"rate        {self.algorithm.rate(0, rounds):.4g} in the first round, "
             f"{self.algorithm.rate(rounds - 1, rounds):.4g} in the last",
         ]
@@ -136,6 +147,7 @@ class Job:
         from polymodal.trainer import evaluate_fitted, fit, load_best
 
         from fedcore.module import FederatedModule, RoundsData, rounds_trainer
+        from fedcore.private_run import begin, write_report
         from fedcore.progress import NoteEngine, RoundProgress
         from fedcore.simulation import RoundError
 
@@ -153,7 +165,10 @@ class Job:
             checkpoints=run.folder / "checkpoints",
             seed=config.seed,
         )
+        begin(run, self.simulation)
         trainer_config = rounds_trainer(config.trainer, federation.rounds)
+        if self.simulation.private:  # a round that is lost and run again spends privacy twice
+            trainer_config.checkpoint_every_epochs = 1
         progress = RoundProgress(federation.rounds, trainer_config.progress)
         trainer_config.progress = "none"
         options: dict[str, Any] = {"monitor": self.monitor, "mode": "min" if self.monitor == "val/loss" else "max"}
@@ -164,6 +179,7 @@ class Job:
         finally:
             progress.close()
             self.simulation.close()
+            self.report = write_report(run, self.simulation)
         if federation.test_with == "best":
             load_best(module, run)
         if "test" in module.splits:
@@ -177,7 +193,7 @@ class Job:
         from fedcore.outcome import Outcome
 
         outcome = Outcome(self.config, self.prepared, module, run)
-        final = outcome.finish()
+        final = outcome.finish(self.report)
         if self.config.lora.on:
             from fedcore.lora.job import export
 

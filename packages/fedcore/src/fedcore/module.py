@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fedcore.batches import ClientData
+from fedcore.private_run import spent
 from fedcore.simulation import Simulation
 from fedcore.state_shards import StateShards
 
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 KEY = "fedcore"
 """entry of a checkpoint"""
 SCHEMA_VERSION = 1
+NOT_LOGGED = ("round", "lr", "seconds")
+"""of the row of a round: logged otherwise"""
 
 
 class RoundOptimizer(torch.optim.Optimizer):
@@ -187,20 +190,24 @@ class FederatedModule(TaskModule):
     def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]  # no loss for the trainer
         """Run a round."""
         optimizer: Any = self.optimizers()
-        federation, cohort = self.simulation.federation, self.simulation.cohort()
+        federation = self.simulation.federation
+        # Who takes part in a private round is a secret, which nothing outside the mechanism asks for.
+        cohort = [] if self.simulation.private else self.simulation.cohort()
         self._samples = sum(federation.plan.samples(len(federation.data[client])) for client in cohort)
         optimizer.step()
         row = optimizer.optimizer.row
         self._count(row, len(cohort))
-        names = ("loss", "clients", "local_steps", "comm/up_bytes", "comm/down_bytes")
-        self.train_logs = {name: torch.tensor(float(row[name]), dtype=torch.float64) for name in names}
+        logs = {name: value for name, value in row.items() if name not in NOT_LOGGED} | spent(self.simulation)
+        self.train_logs = {name: torch.tensor(float(value), dtype=torch.float64) for name, value in logs.items()}
 
     def _count(self, row: Mapping[str, Any], sampled: int) -> None:
+        """Add up what the row tells: a private one keeps to itself what clients' data made."""
         for name in ("up_bytes", "down_bytes"):
-            self.totals[name] += int(row[f"comm/{name}"])
-        self.totals["local_steps"] += int(row["local_steps"])
-        self.totals["clients"] += int(row["clients"])
-        self.totals["dropped"] += sampled - int(row["clients"])
+            self.totals[name] += int(row.get(f"comm/{name}", 0))
+        clients = int(row.get("clients", 0))
+        self.totals["local_steps"] += int(row.get("local_steps", 0))
+        self.totals["clients"] += clients
+        self.totals["dropped"] += max(0, sampled - clients)
 
     @property
     def _due(self) -> bool:

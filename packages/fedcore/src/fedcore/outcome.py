@@ -11,11 +11,14 @@ from polymodal.files import write_bytes
 from polymodal.seeding import numpy_rng
 from polymodal.tables import markdown
 
+from fedcore.private_run import gated
+
 if TYPE_CHECKING:
     from polymodal.run import Run
 
     from fedcore.module import FederatedModule
     from fedcore.prepare import Prepared
+    from fedcore.privacy.report import PrivacyReport
     from fedcore.settings import FedConfig
 
 __all__ = ["Outcome", "closing_table"]
@@ -40,8 +43,12 @@ class Outcome:
         self.config, self.prepared, self.module, self.run = config, prepared, module, run
         self.folder = run.folder / "figures"
 
-    def finish(self) -> dict[str, float]:
-        """Final metrics by their full names; figures and the table of clients are written."""
+    def finish(self, report: PrivacyReport | None = None) -> dict[str, float]:
+        """Final metrics by their full names; figures and the table of clients are written.
+
+        Args:
+            report: of a private run, of which little else is shown.
+        """
         module, run = self.module, self.run
         final = {name: value for name, value in module.last_metrics.items() if name.startswith("test/")}
         for split in sorted(module.splits.keys() - {"val", "test"}):
@@ -49,15 +56,20 @@ class Outcome:
             final |= {f"test/{name}_{suffix}": value for name, value in module.measure(module.splits[split]).items()}
         curves = self._curves()
         final |= self._of_curves(curves)
-        clients = self._clients()
+        clients, flatness = ([], {}) if self._gated else (self._clients(), self._flatness())
         by_client = _quantiles([row["accuracy"] for row in clients if "accuracy" in row])
-        flatness = self._flatness()
         final |= by_client | flatness
-        final |= {f"comm/{name}_total": float(module.totals[name]) for name in ("up_bytes", "down_bytes")}
+        if not self._gated:
+            final |= {f"comm/{name}_total": float(module.totals[name]) for name in ("up_bytes", "down_bytes")}
+        final |= {} if report is None else {"privacy/epsilon": report.epsilon, "privacy/delta": report.delta}
         run.log(by_client | flatness, module.simulation.done)
         self._write(curves, clients)
         run.note(metric_signatures=self._signatures(final))
         return final
+
+    @property
+    def _gated(self) -> bool:
+        return gated(self.module.simulation)
 
     def _curves(self) -> dict[str, list[tuple[int, float]]]:
         """(round, value) by metric, of the whole run, from ``metrics.csv``."""
@@ -142,7 +154,7 @@ class Outcome:
                 self.folder / "clients.png", figures.client_accuracy({self.config.algorithm: accuracies}, title=what)
             )
         world = self.prepared.world
-        if world is not None:
+        if world is not None and not self._gated:
             classes = np.unique(world.labels)
             counts = np.array([[int(np.sum(world.labels[i] == c)) for c in classes] for i in world.partition])
             names = [str(label) for label in classes]
@@ -156,6 +168,7 @@ class Outcome:
             "client/": f"{which}, each client's own training samples, {federation.client_samples} at most",
             "landscape/": f"{which}, {federation.flatness} training samples",
             "comm/": "sum over rounds, every client of a cohort counted",
+            "privacy/": "of all rounds together, see privacy.json",
             "val/": "last model",
             "test/": which,
         }
@@ -195,7 +208,9 @@ def closing_table(final: Mapping[str, float], config: FedConfig, totals: Mapping
         totals: of ``FederatedModule``.
         rounds: rounds done.
     """
-    rows = [["rounds", str(rounds)], ["local steps", f"{totals['local_steps']:,}"]]
+    rows = [["rounds", str(rounds)]]
+    if totals["local_steps"]:
+        rows.append(["local steps", f"{totals['local_steps']:,}"])
     if totals["dropped"]:
         rows.append(["clients dropped", str(totals["dropped"])])
     for name, value in final.items():
@@ -214,7 +229,7 @@ def closing_table(final: Mapping[str, float], config: FedConfig, totals: Mapping
     clients = [final[f"client/accuracy_{name}"] for name in QUANTILES if f"client/accuracy_{name}" in final]
     if clients:
         rows.append(["accuracy by client: least, 10 %, median, 90 %", ", ".join(f"{v:.3f}" for v in clients)])
-    for way in ("up", "down"):
+    for way in ("up", "down") if totals["clients"] else ():
         total = totals[f"{way}_bytes"]
         rows.append(
             [f"bytes {way}: all; a client and round", f"{_mib(total)}; {_mib(total / max(1, totals['clients']))}"]

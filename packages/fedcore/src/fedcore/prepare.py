@@ -138,7 +138,7 @@ def make_simulation(config: FedConfig, found: Prepared, algorithm: Algorithm | N
         found.clients,
         chosen,
         lora=config.lora,
-        privacy=config.privacy,
+        privacy=config.privacy_of_algorithm(),
         loss=found.loss,
         batch_size=federation.batch_size,
         local_epochs=federation.local_epochs,

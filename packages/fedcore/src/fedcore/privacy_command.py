@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -55,7 +56,7 @@ def epsilon(config: EpsilonConfig) -> None:
     from fedcore.privacy import accounting
 
     config.check()
-    sigma = config.noise_multiplier
+    sigma = config.noise_multiplier or 0.0
     tight, renyi = (
         accounting.epsilon(noise_multiplier=sigma, accountant=kind, **config.how) for kind in ("pld", "rdp")
     )
@@ -115,7 +116,10 @@ def audit(config: AuditConfig) -> None:
     from fedcore.privacy import audit as attack
 
     set_threads(1)
-    _say(str(attack(config.noise_multiplier, config.trials, config.parameters)))
+    result = attack(**dataclasses.asdict(config))
+    _say(result.text())
+    if not result.passed:
+        raise UserError("the audit contradicts the reported epsilon: do not use this mechanism, and report it")
 
 
 COMMANDS: Mapping[str, tuple[str, Callable[[Sequence[str]], int]]] = {

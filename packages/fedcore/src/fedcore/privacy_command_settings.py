@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from polymodal.errors import UserError
 
@@ -29,7 +29,7 @@ class Releases:
     sampling: Literal["poisson", "fixed"] = "poisson"
     """poisson: every client by itself with probability q; fixed: cohorts of one size, without amplification"""
 
-    needed = ("sampling_rate", "rounds", "delta")
+    needed: ClassVar[tuple[str, ...]] = ("sampling_rate", "rounds", "delta")
 
     def __post_init__(self) -> None:
         if self.clients < 0:
@@ -115,11 +115,15 @@ class AuditConfig:
 
     noise_multiplier: float = 1.0
     """sigma"""
-    delta: float = 1e-5
+    sampling_rate: float = 1.0
+    """q, probability of a client to take part"""
+    delta: float = 0.01
     """delta of (epsilon, delta)"""
     trials: int = 2000
-    """runs of one round, half of them with the canary"""
+    """releases with the canary, and as many without"""
     parameters: int = 100
     """numbers of an upload"""
     confidence: float = 0.95
     """probability that the bound holds, 0..1"""
+    secure_noise: bool = False
+    """audit the noise from the operating system's random bytes"""

@@ -63,6 +63,8 @@ class RoundProgress(L.Callback):
         done, now = trainer.global_step, time.monotonic()
         loss = pl_module.train_logs.get("loss")
         parts = [] if loss is None else [f"loss {float(loss):.3f}"]
+        spent = pl_module.train_logs.get("privacy/epsilon")
+        parts += [] if spent is None else [f"epsilon {float(spent):.2f}"]
         parts += [f"{name} {value:.3f}" for name, value in self._metrics.items() if name.endswith("accuracy")]
         if self._bar is not None:
             self._bar.update(0, completed=done, text="  ".join(parts))

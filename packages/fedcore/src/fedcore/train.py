@@ -24,6 +24,7 @@ fed-train --algorithm scaffold --seed 1             # a rival on the same data
 fed-train --alpha 0.6 --clients 100 --rounds 200 --lr 0.2 --model.options '{hidden: [200]}'
 fed-train --data cifar100 --data.root DIR --model resnet18_gn --algorithm fedadamw
 fed-train --lora.ranks 2,4,6                        # ILoRA: adapters of unequal ranks on a frozen base
+fed-train --algorithm dp_fedpgn --privacy.target_epsilon 5           # client-level differential privacy
 fed-train --module my_task.py:MyTask --datasets my_task.py:clients     # any TaskModule
 fed-train --resume runs/fedcore/RUN                 # go on after Ctrl-C or a crash
 """
@@ -54,6 +55,13 @@ LORA_PRESETS = {
     "text_domains": "ilora_text",
 }
 """presets where ranks or an adapter are given, by data"""
+PRIVATE_PRESETS = {
+    "": "dp_digits",
+    "digits": "dp_digits",
+    "cifar10": "dp_fedpgn_cifar10",
+    "cifar100": "dp_fedpgn_cifar100",
+}
+"""presets where a private algorithm is named"""
 ALIASES = {
     "model": "model.name",
     "partition": "partition.scheme",
@@ -69,6 +77,8 @@ ALIASES = {
 def main() -> int:
     """Entry point of ``fed-train``; returns the exit code."""
     arguments, presets = _with_adapters(sys.argv[1:])
+    if _is_private(arguments):
+        presets = {**presets, **PRIVATE_PRESETS}
     return command(
         train,
         FedConfig,
@@ -102,6 +112,13 @@ def _with_adapters(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
     return (arguments if given & {"__algorithm", "__config", "__resume"} else ["--algorithm", "ilora", *arguments]), {}
 
 
+def _is_private(arguments: list[str]) -> bool:
+    """Whether the arguments name an algorithm with client-level privacy."""
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    named = [word.partition("=")[2] or after for word, after in pairs if word.partition("=")[0] == "--algorithm"]
+    return bool(named) and any(row.name == named[-1] and "dp" in row.tags for row in ALGORITHMS)
+
+
 def list_methods() -> str:
     """Algorithms with paper and fidelity, one line each."""
     width = max(len(row.name) for row in ALGORITHMS)
@@ -120,6 +137,7 @@ def train(config: FedConfig) -> None:
 
     from fedcore.job import Job
     from fedcore.outcome import closing_table
+    from fedcore.private_run import GatedRun, gated
 
     set_threads(config.threads)
     job = Job(config)
@@ -131,7 +149,7 @@ def train(config: FedConfig) -> None:
         sys.stdout.write(job.plan() + "\n")
         return
     _refuse_other_run(config, job.facts())
-    with Run.start(
+    with (GatedRun if gated(job.simulation) else Run).start(
         "fedcore",
         config,
         name=job.name,
@@ -144,6 +162,8 @@ def train(config: FedConfig) -> None:
         final = job.finish(run, module)
         run.finish(final)
     sys.stdout.write("\n" + closing_table(final, config, module.totals, module.simulation.done) + "\n")
+    if job.report is not None:
+        sys.stdout.write("\n" + job.report.text() + "\n")
     _show(run, job.exported)
 
 
@@ -179,9 +199,12 @@ def _refuse_other_run(config: FedConfig, facts: dict[str, Any]) -> None:
 
 def _show(run: Run, exported: str) -> None:
     """The run folder, the command that shows more, adapters for other programs, the W&B upload command."""
+    from fedcore.private_run import GatedRun
+
     sys.stdout.write(f"\nrun folder  {run.folder}\npictures    {run.folder / 'figures'}\n")
     sys.stdout.write(f"more        polymodal report {run.folder} --html\n")
-    sys.stdout.write(f"surface     fed-landscape {run.folder}\n")
+    split = " --split test" if isinstance(run, GatedRun) else ""
+    sys.stdout.write(f"surface     fed-landscape {run.folder}{split}\n")
     if exported:
         sys.stdout.write(f"adapters    {exported}\n")
     if run.sync_command:

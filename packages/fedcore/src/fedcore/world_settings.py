@@ -23,6 +23,8 @@ class PartitionConfig:
     """Dirichlet concentration, less is more skewed"""
     samples: int = 0
     """samples a client of dirichlet_client (0: training samples / clients)"""
+    refill: bool = True
+    """dirichlet_client deals a class again when it is used up, so that samples are on several clients (papers)"""
     shards: int = 2
     """shards a client"""
     seed: int | None = None
