@@ -76,7 +76,7 @@ def rounds(options: Options) -> list[Row]:
         ("MLP 64-64-64-10", _mlp, 512, 16, 30),
     ):
         if options.quick:
-            samples, batch = 8, 4
+            samples, batch, model = 8, 4, _mlp
         made = partial(_simulation, options, model, samples, batch)
         kinds: dict[str, dict[str, Any]] = {
             "control_batches full": {"control_batches": 0},

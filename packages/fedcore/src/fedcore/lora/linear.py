@@ -29,6 +29,13 @@ def sizes_of(layer: Any) -> tuple[int, int]:
     return (columns, rows) if is_transposed(layer) else (rows, columns)
 
 
+class _Factor(nn.Linear):
+    """A linear layer whose values are set by its owner: torch's own start would move the global generator."""
+
+    def reset_parameters(self) -> None:
+        """Leave the weight as it is."""
+
+
 class LoraLinear(nn.Module):
     """``y = base(x) + scaling B A dropout(x)`` with a frozen base.
 
@@ -73,8 +80,8 @@ class LoraLinear(nn.Module):
         self.active_adapters = [adapter_name]
         self.scaling: dict[str, float] = {adapter_name: float(scaling)}
         self.lora_dropout = nn.ModuleDict({adapter_name: nn.Dropout(dropout) if dropout else nn.Identity()})
-        a = _empty(self.in_features, rank, weight)
-        b = _empty(rank, self.out_features, weight)
+        made: dict[str, Any] = {"bias": False, "dtype": weight.dtype, "device": weight.device}
+        a, b = _Factor(self.in_features, rank, **made), _Factor(rank, self.out_features, **made)
         self.lora_A, self.lora_B = nn.ModuleDict({adapter_name: a}), nn.ModuleDict({adapter_name: b})
         self.load_factors(*(factors or kaiming_init(rank, self.in_features, self.out_features)))
 
@@ -132,8 +139,3 @@ class LoraLinear(nn.Module):
     def extra_repr(self) -> str:
         """Rank and scaling in the printed model."""
         return f"rank={self.rank}, scaling={self.scaling[self.adapter_name]:g}"
-
-
-def _empty(inputs: int, outputs: int, like: Tensor) -> nn.Linear:
-    """A linear layer without bias and without a start: torch's own would move the global generator."""
-    return nn.Linear(inputs, outputs, bias=False, dtype=like.dtype, device="meta").to_empty(device=like.device)
