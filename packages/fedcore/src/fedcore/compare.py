@@ -108,7 +108,8 @@ def compare(config: CompareConfig, beside: Path | None = None) -> str:
     set_threads(1)
     folder = config.results or (beside / "results" if beside else Path("runs/fedcore")) / config.name
     runner = CellRunner(config)
-    todo, records = _sort_cells(config, runner, folder)
+    records: dict[CellKey, dict[str, Any]] = {}
+    todo = _missing(config, runner, folder, records)
     log.info("%d cells in %s, %d of them done before", len(todo) + len(records), folder, len(records))
     if config.dry_run:
         sys.stdout.write("".join(f"would run {cell.name}\n" for cell in todo) or "nothing left to run\n")
@@ -117,9 +118,11 @@ def compare(config: CompareConfig, beside: Path | None = None) -> str:
     warning = warning_of(config)
     if warning:
         log.warning("%s", warning)
-    for cell, record in _run(config, runner, todo):
-        _write(folder / f"{cell.name}.json", record)
-        records[cell.key] = record
+    while todo:
+        for cell, record in _run(config, runner, todo):
+            _write(folder / f"{cell.name}.json", record)
+            records[cell.key] = record
+        todo = _missing(config, runner, folder, records)
     rows = pick_rates(config, records)
     table = to_table(config, rows)
     write_text(folder / "table.md", table)
@@ -129,16 +132,24 @@ def compare(config: CompareConfig, beside: Path | None = None) -> str:
     return table
 
 
-def _sort_cells(config: CompareConfig, runner: CellRunner, folder: Path) -> tuple[list[Cell], dict[CellKey, Any]]:
-    """Cells to run, and records of those that are done."""
-    todo, records = [], {}
-    for cell in config.cells():
-        record = runner.read(folder, cell)
-        if record is None:
-            todo.append(cell)
-        else:
-            records[cell.key] = record
-    return todo, records
+def _missing(
+    config: CompareConfig, runner: CellRunner, folder: Path, records: dict[CellKey, dict[str, Any]]
+) -> list[Cell]:
+    """Cells to run next; records of those that were done before are added to ``records``."""
+    from fedcore.compare_screen import next_cells
+
+    lacking: set[CellKey] = set()
+    while True:
+        wanted = next_cells(config, records)
+        unread = [cell for cell in wanted if cell.key not in lacking]
+        if not unread:
+            return wanted
+        for cell in unread:
+            record = runner.read(folder, cell)
+            if record is None:
+                lacking.add(cell.key)
+            else:
+                records[cell.key] = record
 
 
 # ------------------------------------------------------------------ running

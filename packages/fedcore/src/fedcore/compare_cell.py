@@ -153,7 +153,7 @@ class CellRunner:
             "samples_by_client": {"least": min(world.partition.sizes), "most": max(world.partition.sizes)},
             "seconds": round(time.monotonic() - began, 3),
             "metrics": metrics,
-            **({"privacy": simulation.report().to_dict()} if simulation.algorithm.private else {}),
+            **_promise(simulation),
             "rounds": _columns(rows),
         }
 
@@ -199,6 +199,13 @@ class CellRunner:
 def _base_of(lora: LoraConfig) -> str:
     """What the base of an adapted model depends on."""
     return json.dumps({k: v for k, v in to_dict(lora).items() if k.startswith("pretrain_")}, sort_keys=True)
+
+
+def _promise(simulation: Simulation) -> dict[str, Any]:
+    """The privacy report of a private run."""
+    from fedcore.privacy.simulation import PrivateSimulation
+
+    return {"privacy": simulation.report().to_dict()} if isinstance(simulation, PrivateSimulation) else {}
 
 
 def _check_device(name: str) -> None:

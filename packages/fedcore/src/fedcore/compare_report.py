@@ -15,7 +15,7 @@ from fedcore.compare_cell import LANDSCAPE_SAMPLES, curve
 from fedcore.compare_grid import CellKey, Method, Point, edges, said, short_names
 from fedcore.compare_settings import CompareConfig
 
-__all__ = ["Picked", "draw_curves", "pick_rates", "tail_mean", "to_table", "warning_of"]
+__all__ = ["Picked", "Records", "accuracy_of", "draw_curves", "pick_rates", "tail_mean", "to_table", "warning_of"]
 
 Records = Mapping[CellKey, Mapping[str, Any]]
 MIB = 2.0**20
@@ -35,6 +35,7 @@ class Picked:
         rate: the rate that was picked; the algorithm's own where no rate was given.
         point: values of all options that had a grid, as picked.
         of: number of points in the grid.
+        runs: number of runs, over points and seeds.
         edges: options whose value is the lowest or highest of several.
         diverged: points of the grid with a seed that diverged.
         records: by seed; empty where all points diverged.
@@ -44,6 +45,7 @@ class Picked:
     rate: float | None
     point: Mapping[str, Any]
     of: int
+    runs: int
     edges: tuple[str, ...]
     diverged: tuple[Point, ...]
     records: Mapping[int, Mapping[str, Any]]
@@ -73,21 +75,27 @@ def pick_rates(config: CompareConfig, records: Records) -> list[Picked]:
 
 
 def _picked(config: CompareConfig, method: Method, points: Sequence[Point], records: Records, label: str) -> Picked:
-    by_point = {point: {seed: records[method.label, point, seed] for seed in config.seeds} for point in points}
-    good = {point: found for point, found in by_point.items() if all(r["status"] == "finished" for r in found.values())}
-    diverged = tuple(point for point in points if point not in good)
+    label_of = method.label
+    runs = {
+        p: {s: records[label_of, p, s] for s in config.seeds if (label_of, p, s) in records or not config.screens}
+        for p in points
+    }
+    diverged = tuple(p for p, found in runs.items() if any(r["status"] != "finished" for r in found.values()))
+    good = {p: found for p, found in runs.items() if p not in diverged and len(found) == len(config.seeds)}
+    total = sum(map(len, runs.values()))
     if not good:
-        return Picked(label, None, {}, len(points), (), diverged, {})
-    split = "test" if config.pick == "test" else "val"
-
-    def score(point: Point) -> float:
-        values = [tail_mean(record, f"{split}/accuracy", config.tail) for record in good[point].values()]
-        return sum(v for v in values if v is not None) / max(len(values), 1)
-
-    best = max(good, key=score)
+        return Picked(label, None, {}, len(points), total, (), diverged, {})
+    best = max(good, key=lambda point: accuracy_of(config, good[point]))
     at = edges(method.grid, dict(best)) if len(points) > 1 else ()
     shown = next(iter(good[best].values()))["rate"]
-    return Picked(label, shown, dict(best), len(points), at, diverged, good[best])
+    return Picked(label, shown, dict(best), len(points), total, at, diverged, good[best])
+
+
+def accuracy_of(config: CompareConfig, runs: Mapping[int, Mapping[str, Any]]) -> float:
+    """What options are picked by: mean over seeds of the mean accuracy of the last evaluations."""
+    split = "test" if config.pick == "test" else "val"
+    values = [tail_mean(record, f"{split}/accuracy", config.tail) for record in runs.values()]
+    return sum(v for v in values if v is not None) / max(len(values), 1)
 
 
 def _point(point: Point | Mapping[str, Any]) -> str:
@@ -158,7 +166,7 @@ def _value(name: str, row: Picked) -> str:
 
 
 def _ranks(row: Picked) -> str:
-    lora = next((record["settings"].get("lora", {}) for record in row.records.values()), {})
+    lora: Mapping[str, Any] = next((record["settings"].get("lora", {}) for record in row.records.values()), {})
     return ", ".join(map(str, lora.get("ranks", ()))) or "–"
 
 
@@ -241,6 +249,12 @@ def _notes(config: CompareConfig, rows: Sequence[Picked]) -> list[str]:
         where = "the validation split" if config.pick == "val" else "THE TEST SPLIT"
         what = "options with a grid picked jointly" if several else "rates picked"
         notes.append(f"{what} on {where} by the mean over seeds of the last {config.tail} evaluations")
+    if config.screens:
+        screened = ", ".join(map(str, config.seeds[: config.screen]))
+        notes.append(
+            f"the whole grid was run on seeds {screened}; all seeds were run at the best point and its neighbours, one"
+            " step in one option, until the best of those that have all seeds had no neighbour without"
+        )
     if config.landscape:
         notes.append(
             "eigenvalue and sharpness (filter-normalised, radius 0.1) of the last model, on up to"
@@ -276,7 +290,7 @@ def _privacy_notes(config: CompareConfig, rows: Sequence[Picked]) -> list[str]:
     report = next((found for found in map(_promise, rows) if found), None)
     if report is None:
         return []
-    runs = sum(row.of for row in rows if _promise(row)) * len(config.seeds)
+    runs = sum(row.runs for row in rows if _promise(row))
     return [
         f"epsilon by the {report['accountant']} accountant, for one client added or removed, of one run:"
         f" the {runs} private runs of this table are not added up, and the validation samples on which options were"

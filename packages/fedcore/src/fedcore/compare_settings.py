@@ -47,6 +47,8 @@ class CompareConfig:
     """split on which each method's options are picked (test: with a warning; none: one row a point of the grid)"""
     val_share: float = 0.2
     """share of the training split that no client gets, for picking"""
+    screen: int = 0
+    """seeds that get the whole grid; the others only the best point and its neighbours (0: all seeds, whole grid)"""
     against: str | None = None
     """method that the paired differences are to (default: the first)"""
     target: float = 0.0
@@ -98,8 +100,15 @@ class CompareConfig:
             raise UserError(f"seeds={self.seeds}; expected at least one, none of them twice")
         if not 0 <= self.target <= 1:
             raise UserError(f"target={self.target}; expected 0..1, an accuracy")
+        if self.screen < 0:
+            raise UserError(f"screen={self.screen}; expected a number of seeds, 0: all of them")
         if not 0 <= self.val_share < 1:
             raise UserError(f"val_share={self.val_share}; expected 0 <= val_share < 1")
+
+    @property
+    def screens(self) -> bool:
+        """Whether some seeds get a part of the grid."""
+        return 0 < self.screen < len(self.seeds) and self.pick != "none"
 
     def rows(self) -> list[Method]:
         """The methods in table order.

@@ -3,6 +3,8 @@
 import pytest
 from fedcore.algorithms import create
 from fedcore.compare_grid import Cell, edges, said, short_names, split_grid
+from fedcore.compare_report import pick_rates
+from fedcore.compare_screen import next_cells
 from fedcore.compare_settings import CompareConfig, settings_hash
 from fedcore.lora_settings import LoraConfig
 from polymodal.errors import UserError
@@ -118,3 +120,68 @@ def test_every_seed_has_the_same_validation_and_test_samples():
         assert first.targets.equal(second.targets)
         assert first.inputs.equal(second.inputs)
     assert worlds[0].partition.sizes != worlds[1].partition.sizes
+
+
+def landscape(best, seeds=(0, 1, 2), diverged=()):
+    """A comparison over two options whose validation accuracy falls with the distance from ``best``, per seed."""
+    config = CompareConfig(
+        methods={"a": {"algorithm": "fedprox", "lr": [0.1, 0.2, 0.3, 0.4], "mu": [1.0, 2.0, 3.0, 4.0]}},
+        seeds=list(seeds),
+        screen=1,
+        tail=1,
+    )
+
+    def run(cell):
+        point = dict(cell.point)
+        x, y = best[cell.seed]
+        far = abs(point["lr"] * 10 - x) + abs(point["mu"] - y)
+        status = "diverged" if (point["lr"], point["mu"], cell.seed) in diverged else "finished"
+        return {"status": status, "rate": point["lr"], "rounds": {"round": 1, "val/accuracy": 0.9 - 0.1 * far}}
+
+    return config, run
+
+
+def climb(config, run):
+    """Run until nothing is missing; the records and the number of cells of each stage."""
+    records, stages = {}, []
+    while todo := next_cells(config, records):
+        stages.append(len(todo))
+        records |= {cell.key: run(cell) for cell in todo}
+    return records, stages
+
+
+def test_screening_runs_the_grid_once_and_all_seeds_around_the_best():
+    config, run = landscape({seed: (2, 2) for seed in range(3)})
+    records, stages = climb(config, run)
+    assert stages == [16, 10]  # the best and its four neighbours on the two other seeds
+    (row,) = pick_rates(config, records)
+    assert (row.point, row.of, row.runs, row.edges) == ({"lr": 0.2, "mu": 2.0}, 16, 26, ())
+
+
+def test_screening_goes_on_where_the_other_seeds_see_it_otherwise():
+    config, run = landscape({0: (1, 1), 1: (4, 4), 2: (4, 4)})
+    records, stages = climb(config, run)
+    assert len(stages) > 2
+    (row,) = pick_rates(config, records)
+    assert row.point == {"lr": 0.4, "mu": 4.0}
+    assert row.edges == ("lr", "mu")
+
+
+def test_screening_leaves_out_what_diverges():
+    config, run = landscape({seed: (2, 2) for seed in range(3)}, diverged={(0.2, 2.0, 2)})
+    records, _ = climb(config, run)
+    (row,) = pick_rates(config, records)
+    assert row.point != {"lr": 0.2, "mu": 2.0}
+    assert row.diverged == ((("lr", 0.2), ("mu", 2.0)),)
+    everywhere = {(x, y, 0) for x in (0.1, 0.2, 0.3, 0.4) for y in (1.0, 2.0, 3.0, 4.0)}
+    config, run = landscape({seed: (2, 2) for seed in range(3)}, diverged=everywhere)
+    records, stages = climb(config, run)
+    assert stages == [16]
+    assert pick_rates(config, records)[0].records == {}
+
+
+def test_without_screening_every_seed_has_the_whole_grid():
+    config, run = landscape({seed: (2, 2) for seed in range(3)})
+    config.screen = 0
+    assert [len(next_cells(config, {})), climb(config, run)[1]] == [48, [48]]
+    assert [cell.seed for cell in next_cells(config, {})] == sorted(cell.seed for cell in next_cells(config, {}))

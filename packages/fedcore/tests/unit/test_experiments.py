@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from fedcore.compare_cell import CellRunner
 from fedcore.compare_report import pick_rates, tail_mean, to_table
+from fedcore.compare_screen import next_cells
 from fedcore.compare_settings import CompareConfig
 from fedcore.data import READERS
 from polymodal.cli import parse_config
@@ -19,10 +20,11 @@ def load(name):
     config = parse_config(CompareConfig, ["--config", str(FOLDER / f"{name}.yaml")], choices={"data": READERS})
     runner = CellRunner(config)
     records = {}
-    for cell in config.cells():
-        record = runner.read(FOLDER / "results" / name, cell)
-        assert record is not None, f"{name}/{cell.name} is missing or of other settings: run fed-compare"
-        records[cell.key] = record
+    while todo := next_cells(config, records):
+        for cell in todo:
+            record = runner.read(FOLDER / "results" / name, cell)
+            assert record is not None, f"{name}/{cell.name} is missing or of other settings: run fed-compare"
+            records[cell.key] = record
     return config, records
 
 
