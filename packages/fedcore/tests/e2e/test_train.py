@@ -196,10 +196,12 @@ def test_the_console_script_logs_to_wandb_offline_with_the_round_as_axis(tmp_pat
 # ------------------------------------------------------------------ algorithms and settings
 
 FAST = ("scaffold", "fedmuon")
+PLAIN = [row.name for row in ALGORITHMS if not {"lora", "dp"} & set(row.tags)]
+"""the others have tests of their own: test_lora_command, test_private_train"""
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in ALGORITHMS.names()]
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in PLAIN]
 )
 def test_every_algorithm_trains_from_end_to_end(fed_train, only_run, name: str) -> None:
     result = fed_train(*TINY, "--algorithm", name)
