@@ -177,6 +177,20 @@ def test_landscape_is_measured_where_asked(fed_compare, tmp_path):
     assert "largest Hessian eigenvalue" in out
 
 
+def test_screening_leaves_out_what_is_far_from_the_best(fed_compare, tmp_path):
+    methods = {"fedavg": {"lr": [0.0001, 0.001, 0.01, 0.1, 0.5]}}
+    _, planned, _ = fed_compare("--dry_run=true", methods=methods, seeds=[0, 1, 2], screen=1)
+    assert len(planned.splitlines()) == 5
+    code, out, err = fed_compare(methods=methods, seeds=[0, 1, 2], screen=1)
+    assert code == 0, err
+    found = cells(tmp_path / "results" / "small")
+    assert 9 <= len(found) < 15
+    assert "the whole grid was run on seeds 0; all seeds were run at the best point" in out
+    _, again, err = fed_compare(methods=methods, seeds=[0, 1, 2], screen=1)
+    assert again == out
+    assert f"{len(found)} of them done before" in err
+
+
 PRIVATE = {
     "methods": {"open": {"algorithm": "fedavg"}, "dp": {"algorithm": "dp_fedavg", "privacy.clip": [0.1, 1.0]}},
     "rates": [0.1],
@@ -246,6 +260,7 @@ def test_adapters_of_unequal_ranks_are_compared_on_one_base(fed_compare, tmp_pat
         ({"against": "fedprox"}, "against=fedprox"),
         ({"val_share": 0.0}, "pick=val with val_share=0"),
         ({"seeds": [1, 1]}, "seeds=[1, 1]"),
+        ({"screen": -1}, "screen=-1"),
         ({"rounds": 0}, "rounds=0"),
         ({"name": "a/b"}, "name='a/b'"),
         ({"model": {"name": "mpl"}}, "unknown model 'mpl'"),
