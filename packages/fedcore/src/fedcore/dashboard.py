@@ -35,6 +35,7 @@ SECTIONS = (
             Panel("Bytes down a round", ("comm/down_bytes",), x="round"),
         ),
     ),
+    Section("Privacy", (Panel("Epsilon spent", ("privacy/epsilon",), x="round"),)),
     Section(
         "Local training",
         (

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fedcore.algorithms import ALGORITHMS
 from fedcore.privacy import Ledger, epsilon
 from polymodal.callbacks import load_checkpoint
 
@@ -120,7 +121,29 @@ def test_wandb_is_behind_the_same_gate(tmp_path, monkeypatch) -> None:
     assert not [name for name in seen if name.startswith(UNSEEN)]
 
 
-# ------------------------------------------------------------------ options
+# ------------------------------------------------------------------ methods and options
+
+METHODS = [row.name for row in ALGORITHMS if "dp" in row.tags]
+
+
+@pytest.mark.parametrize("name", [n if n == "dp_blur" else pytest.param(n, marks=pytest.mark.slow) for n in METHODS])
+def test_every_private_algorithm_trains_from_end_to_end(fed_train, only_run, name: str) -> None:
+    """With the clip that the preset has for it; each round is one event."""
+    result = fed_train(*TINY, "--algorithm", name, "--rounds", "2")
+    assert result.code == 0, result.err
+    facts = manifest(only_run())
+    assert (facts["status"], facts["method"], facts["privacy"]["releases"]) == ("finished", name, 2)
+    assert facts["privacy"]["epsilon"] == pytest.approx(epsilon(0.2, 0.8, 2, 1e-3))
+    kept = load_checkpoint(only_run() / "checkpoints" / "last.ckpt")["fedcore"]["client_states"]["shard_of"]
+    assert bool(kept) == ALGORITHMS.load(name).keeps_state
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["pool", "batched"])
+def test_other_engines_train_privately(fed_train, only_run, engine: str) -> None:
+    result = fed_train(*TINY, "--engine", engine, "--federation.workers", "2")
+    assert result.code == 0, result.err
+    assert report(only_run())["releases"] == 3
 
 
 def test_methods_have_their_own_clip_and_the_default_preset_is_private(fed_train) -> None:
