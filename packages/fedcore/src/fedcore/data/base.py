@@ -35,6 +35,8 @@ class FedData:
     name: ClassVar[str] = ""
     remedy: ClassVar[str] = "give the folder of the data set"
     """what to do where the root is missing, for messages"""
+    may_lack_classes: ClassVar[bool] = False
+    """whether the official files leave classes without training samples"""
 
     def __post_init__(self) -> None:
         if self.root is not None:

@@ -49,6 +49,7 @@ class DomainNet(FedData):
 
     name: ClassVar[str] = "domainnet"
     remedy: ClassVar[str] = "give the folder with clipart_train.txt and so on, and the unpacked domains beside them"
+    may_lack_classes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
