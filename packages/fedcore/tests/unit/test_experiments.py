@@ -28,6 +28,18 @@ def load(name):
     return config, records
 
 
+def done(name):
+    """Whether an experiment has been run to its end."""
+    return (FOLDER / "results" / name / "table.md").is_file()
+
+
+def by_label(config, rows):
+    """Label -> accuracy in percent by seed."""
+    return {
+        row.label: {s: 100 * tail_mean(r, "test/accuracy", config.tail) for s, r in row.records.items()} for row in rows
+    }
+
+
 @pytest.fixture(scope="module")
 def digits():
     """Results by experiment: label -> accuracy in percent by seed."""
@@ -36,10 +48,7 @@ def digits():
         config, records = load(name)
         rows = pick_rates(config, records)
         assert to_table(config, rows) == (FOLDER / "results" / name / "table.md").read_text(encoding="utf-8")
-        found[name] = {
-            row.label: {s: 100 * tail_mean(r, "test/accuracy", config.tail) for s, r in row.records.items()}
-            for row in rows
-        }
+        found[name] = by_label(config, rows)
     return found
 
 
@@ -71,6 +80,36 @@ def test_fedmuon_beats_fedavg_and_local_muon(digits):
     mean, least = gain(digits["fedmuon"], "fedmuon", "local_muon")
     assert mean >= 15
     assert least > 0
+
+
+@pytest.mark.parametrize("name", [n for n in ("ilora_3_03", "ilora_3_01", "ilora_10_03", "ilora_10_01") if done(n)])
+def test_adapters_learn_more_than_a_head_alone(name):
+    """No ranking is asserted: which method is ahead changes with the setting."""
+    config, records = load(name)
+    rows = pick_rates(config, records)
+    assert to_table(config, rows) == (FOLDER / "results" / name / "table.md").read_text(encoding="utf-8")
+    table = by_label(config, rows)
+    for label in ("fedit", "flexlora", "flora", "hetlora", "ilora_drop", "ilora_fold"):
+        assert gain(table, label, "lora_head")[0] > 5, label
+
+
+@pytest.mark.parametrize(("name", "epsilon"), [row for row in (("dp_100", 7.03), ("dp_1000", 1.58)) if done(row[0])])
+def test_private_methods_learn_at_the_epsilon_of_the_specification(name, epsilon):
+    """No ranking among private methods is asserted."""
+    config, records = load(name)
+    rows = pick_rates(config, records)
+    assert to_table(config, rows) == (FOLDER / "results" / name / "table.md").read_text(encoding="utf-8")
+    table = by_label(config, rows)
+    for row in rows:
+        for record in row.records.values():
+            if row.label == "not_private":
+                assert "privacy" not in record
+                continue
+            report = record["privacy"]
+            assert report["epsilon"] == pytest.approx(epsilon, rel=0.01)
+            assert (report["releases"], report["sampling"], report["reasons"]) == (40, "poisson", [])
+        assert sum(table[row.label].values()) / len(row.records) > 20, row.label  # chance: 10
+        assert gain(table, row.label, "not_private")[0] < 2, row.label
 
 
 def test_no_result_names_a_folder_of_a_machine():
