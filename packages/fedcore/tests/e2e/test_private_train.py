@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import math
 import re
@@ -136,6 +137,36 @@ def test_every_private_algorithm_trains_from_end_to_end(fed_train, only_run, nam
     assert facts["privacy"]["epsilon"] == pytest.approx(epsilon(0.2, 0.8, 2, 1e-3))
     kept = load_checkpoint(only_run() / "checkpoints" / "last.ckpt")["fedcore"]["client_states"]["shard_of"]
     assert bool(kept) == ALGORITHMS.load(name).keeps_state
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("classes", [10, 100])
+def test_published_settings_take_two_steps_at_full_size(fed_train, only_run, tmp_path, monkeypatch, classes) -> None:
+    """Full-size model, official files with few pictures, two clients of a hundred, one step each."""
+    monkeypatch.setenv("POLYMODAL_CACHE", str(tmp_path / "cache"))
+    path = Path(__file__).parents[1] / "_data_layouts.py"
+    spec = importlib.util.spec_from_file_location("fed_private_layouts", path)
+    layouts = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(layouts)
+    written = layouts.cifar10(tmp_path / "files", each=40) if classes == 10 else layouts.cifar100(tmp_path / "files")
+    root = written[0] if isinstance(written, tuple) else written
+    few = [
+        "--rounds",
+        "1",
+        "--clients",
+        "100",
+        "--fraction",
+        "0.02",
+        "--federation.max_steps",
+        "1",
+        "--partition.refill",
+        "true",
+    ]
+    few += ["--privacy.sampling", "fixed", "--engine", "serial"]
+    result = fed_train("--config", f"dp_fedpgn_cifar{classes}", "--data.root", root, *few)
+    assert result.code == 0, result.err
+    assert report(only_run())["clients"] == 100
+    assert 4_800_000 < Ledger(only_run() / "privacy_ledger.jsonl").events[0].numbers < 5_100_000
 
 
 @pytest.mark.slow
