@@ -1,147 +1,26 @@
-"""What methods on low-rank adapters share: layouts of unequal ranks, the local optimizer, uploads that fit, means."""
+"""What methods on low-rank adapters share: the local optimizer, uploads that fit, averages of factors and heads."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from polymodal.errors import UserError
 from torch import Tensor
 
 from fedcore.algorithm import Algorithm, Client, Context, GradFn, Local, RoundLr, Step, Tree, clip_norm
+from fedcore.algorithms._lora_layout import Factors, Layout, Part, fixed_shapes, padded_mean, times, weighted_sum
 from fedcore.ops.adam import adam_step_, moment_dtype
-from fedcore.spec import ParamInfo
 
 if TYPE_CHECKING:
     from fedcore.spec import ParamSpec
 
-__all__ = ["Factors", "Layer", "Layout", "LoraAlgorithm", "Part", "padded_mean"]
+__all__ = ["LoraAlgorithm"]
 
 log = logging.getLogger(__name__)
-
-Factors = tuple[Tensor, Tensor]
-"""A (r, k) and B (d, r) of one layer."""
-
-
-class Layer(NamedTuple):
-    """An adapted layer in the vector of a model of one rank.
-
-    Args:
-        a: place of A (r, k).
-        b: place of B (d, r).
-        base: name of the frozen weight.
-        rank: r.
-        scaling: s in ``base + s B A``.
-        transposed: whether the frozen weight is stored (k, d).
-    """
-
-    a: ParamInfo
-    b: ParamInfo
-    base: str
-    rank: int
-    scaling: float
-    transposed: bool
-
-    def factors(self, flat: Tensor) -> Factors:
-        """Views of A and B in a vector (..., P)."""
-        return self.a.view(flat), self.b.view(flat)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Adapters and tensors trained whole (the head) of a model of one rank.
-
-    Args:
-        spec: of its vector.
-        layers: adapted layers.
-        whole: all other trainable tensors.
-    """
-
-    spec: ParamSpec
-    layers: tuple[Layer, ...]
-    whole: tuple[ParamInfo, ...]
-
-    @classmethod
-    def of(cls, spec: ParamSpec) -> Layout:
-        """The layout of a model's vector.
-
-        Raises:
-            UserError: no adapters, or adapters that are frozen.
-        """
-        if not spec.adapters:
-            raise UserError("the model has no low-rank adapters on linear layers; give ranks, e.g. --lora.ranks 2,4,6")
-        infos = {item.name: item for item in spec}
-        layers = []
-        for found in spec.adapters:
-            if found.a not in infos or found.b not in infos:
-                raise UserError(f"the adapter of {found.layer} is frozen; make its factors A and B trainable")
-            layers.append(
-                Layer(infos[found.a], infos[found.b], found.base, found.rank, found.scaling, found.transposed)
-            )
-        adapted = {item.name for layer in layers for item in (layer.a, layer.b)}
-        return cls(spec, tuple(layers), tuple(item for item in spec if item.name not in adapted))
-
-    @cached_property
-    def sides(self) -> dict[str, tuple[ParamInfo, ...]]:
-        """Places of all A as ``a``, of all B as ``b``."""
-        return {"a": tuple(layer.a for layer in self.layers), "b": tuple(layer.b for layer in self.layers)}
-
-    def spans(self, sides: str) -> list[tuple[int, int]]:
-        """Spans of the factors named in ``sides``: "", "a", "b" or "ab"."""
-        return [(item.start, item.stop) for side in sides for item in self.sides[side]]
-
-    def without(self, sides: str) -> list[ParamInfo]:
-        """All tensors but the factors named in ``sides``, in the order of the vector."""
-        left_out = {item.name for side in sides for item in self.sides[side]}
-        return [item for item in self.spec if item.name not in left_out]
-
-    def cut(self, flat: Tensor, small: Layout, gradient: bool = False) -> Tensor:
-        """The vector of a model of a smaller rank: first rows of A, first columns of B, the rest as it is.
-
-        Where scalings differ, A is changed so that ``s B A`` stays; the gradient by A changes the other way.
-
-        Args:
-            flat: (P,) of this layout.
-            small: the other layout.
-            gradient: whether ``flat`` is a gradient rather than a point.
-        """
-        if small is self:
-            return flat
-        new = flat.new_empty(small.spec.numel)
-        for big, layer in zip(self.layers, small.layers, strict=True):
-            (a, b), ratio = big.factors(flat), big.scaling / layer.scaling
-            layer.a.view(new).copy_(_times(a[: layer.rank], 1 / ratio if gradient else ratio))
-            layer.b.view(new).copy_(b[:, : layer.rank])
-        for mine, its in zip(self.whole, small.whole, strict=True):
-            its.view(new).copy_(mine.view(flat))
-        return new
-
-
-class Part(NamedTuple):
-    """One upload that can be used.
-
-    Args:
-        client: id.
-        weight: of its upload; all add up to one.
-        rank: key of the client's layout in ``spec.ranks``.
-        layout: of the client's model.
-        upload: tensors by parameter name.
-    """
-
-    client: int
-    weight: float
-    rank: int
-    layout: Layout
-    upload: Tree
-
-    def raw(self, index: int) -> Factors:
-        """A and B of a layer as the client has them."""
-        layer = self.layout.layers[index]
-        return self.upload[layer.a.name], self.upload[layer.b.name]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +119,7 @@ class LoraAlgorithm(Algorithm):
                 f"give one, e.g. --lora.ranks {max(layouts)}, or choose ilora, flexlora or fedit"
             )
         for layout in layouts.values():
-            if len(layout.layers) != len(own.layers) or _shapes(layout) != _shapes(own):
+            if len(layout.layers) != len(own.layers) or fixed_shapes(layout) != fixed_shapes(own):
                 raise UserError("models of different ranks must have the same adapted layers and the same head")
         object.__setattr__(bound, "own", own)
         object.__setattr__(bound, "layouts", layouts)
@@ -317,7 +196,7 @@ class LoraAlgorithm(Algorithm):
         new = params.clone()
         for item in self.own.whole:
             found = [(part.weight, part.upload[item.name]) for part in parts]
-            item.view(new).copy_(_mean(found))
+            item.view(new).copy_(weighted_sum(found))
         return new, self.merge(server, params, new, parts, ctx)
 
     # ------------------------------------------------------------------ for subclasses
@@ -329,7 +208,7 @@ class LoraAlgorithm(Algorithm):
         """
         layer, none = part.layout.layers[index], torch.empty(0)
         a, b = part.upload.get(layer.a.name, none), part.upload.get(layer.b.name, none)
-        return _times(a, layer.scaling / self.own.layers[index].scaling), b
+        return times(a, layer.scaling / self.own.layers[index].scaling), b
 
     def usable(self, reduced: Iterable[tuple[int, float, Tree]], round: int) -> list[Part]:
         """The uploads that fit a client's layout and are finite, with weights that add up to one.
@@ -362,33 +241,3 @@ class LoraAlgorithm(Algorithm):
                 bad = next((name for name, value in upload.items() if not bool(value.isfinite().all())), "")
                 return rank, f"{bad} is not finite" if bad else ""
         return 0, f"its shapes are those of no rank of {', '.join(map(str, sorted(self.layouts)))}"
-
-
-def padded_mean(found: Sequence[tuple[float, Tensor]], old: Tensor, dim: int) -> Tensor:
-    """Sum of weighted tensors, each filled up with zeros along ``dim`` to the size of ``old``, in float32 or more.
-
-    Rows (or columns) that no tensor has stay as in ``old``: as zeros they could never be trained again, since the
-    gradient by A vanishes with B and the other way round.
-    """
-    new = old.to(torch.promote_types(old.dtype, torch.float32), copy=True)
-    new.narrow(dim, 0, max(value.shape[dim] for _, value in found)).zero_()
-    for weight, value in found:
-        new.narrow(dim, 0, value.shape[dim]).add_(value, alpha=weight)
-    return new
-
-
-def _mean(found: Sequence[tuple[float, Tensor]]) -> Tensor:
-    """Sum of weighted tensors in float32 or more."""
-    total = torch.zeros_like(found[0][1], dtype=moment_dtype(found[0][1].dtype))
-    for weight, value in found:
-        total.add_(value, alpha=weight)
-    return total
-
-
-def _times(tensor: Tensor, ratio: float) -> Tensor:
-    return tensor if ratio == 1.0 else tensor * ratio
-
-
-def _shapes(layout: Layout) -> list[tuple[int, ...]]:
-    """Shapes that do not depend on the rank."""
-    return [(*layer.a.shape[1:], layer.b.shape[0]) for layer in layout.layers] + [item.shape for item in layout.whole]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fedcore.algorithm import Client, Context, Tree
-from fedcore.algorithms._lora import Factors, Layout, LoraAlgorithm, Part
+from fedcore.algorithms._lora import LoraAlgorithm
+from fedcore.algorithms._lora_layout import Factors, Layout, Part
 
 __all__ = ["MergingLora"]
 

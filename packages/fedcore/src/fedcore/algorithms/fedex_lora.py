@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from fedcore.algorithm import Context, Tree
-from fedcore.algorithms._lora import Part
+from fedcore.algorithms._lora_layout import Part
 from fedcore.algorithms._lora_merge import MergingLora
 
 __all__ = ["FedExLoRA"]

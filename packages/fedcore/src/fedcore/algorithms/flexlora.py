@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedcore.algorithm import Context, Tree
-from fedcore.algorithms._lora import LoraAlgorithm, Part
+from fedcore.algorithms._lora import LoraAlgorithm
+from fedcore.algorithms._lora_layout import Part
 from fedcore.lora.aggregate import aggregate_concat_qr
 
 __all__ = ["FlexLoRA"]

@@ -10,7 +10,7 @@ from polymodal.seeding import generator
 from torch import Tensor
 
 from fedcore.algorithm import Context, Tree
-from fedcore.algorithms._lora import Layout, Part
+from fedcore.algorithms._lora_layout import Layout, Part
 from fedcore.algorithms._lora_merge import MergingLora
 from fedcore.lora.init import kaiming_init
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fedcore.algorithm import Client, Context, Local, Tree
-from fedcore.algorithms._lora import Factors, Layer, LoraAlgorithm, Part, padded_mean
+from fedcore.algorithms._lora import LoraAlgorithm
+from fedcore.algorithms._lora_layout import Factors, Layer, Part, padded_mean
 
 __all__ = ["HetLoRA"]
 
@@ -25,7 +26,7 @@ class HetLoRA(LoraAlgorithm):
 
     Equal sizes, or none at all, are FedIT.
 
-    Source: Cho et al. 2024, HetLoRA (arXiv 2401.06432), as our specification remembers it, not read again: our reading.
+    Source: Cho et al. 2024, HetLoRA (arXiv 2401.06432), recalled and not read again: our reading.
 
     Args:
         prune: weight of the penalty; 0 leaves ranks alone.

@@ -11,7 +11,7 @@ from polymodal.errors import UserError
 from torch import Tensor
 
 from fedcore.algorithm import Client, Context, Local, Tree, clip_norm
-from fedcore.algorithms._lora import Part
+from fedcore.algorithms._lora_layout import Part
 from fedcore.algorithms._lora_merge import MergingLora
 from fedcore.lora.aggregate import aggregate_concat_qr
 
@@ -36,8 +36,8 @@ class ILoRA(MergingLora):
     ``cv=False`` with one client is local training. ``decomposition="svd", cv=False`` is FlexLoRA from another start.
 
     Source: arXiv 2511.16069, by summaries of its sections 5.1 and 5.2 and the authors' scripts (the full text was not
-    readable); their deviations are in ilora.md 3.6. Ours: thin aggregation, canonical signs, the mean gradient as c_k,
-    ``covering``, ``fold``, ``qr_pivoted``, ``svd``, ``control_batches`` and ``cv_transport``.
+    readable); what these do otherwise is listed in NOTES.md. Ours: thin aggregation, canonical signs, the mean gradient
+    as c_k, ``covering``, ``fold``, ``qr_pivoted``, ``svd``, ``control_batches`` and ``cv_transport``.
 
     Args:
         decomposition: ``qr`` (paper), ``qr_pivoted``, or ``svd``, the best approximation of each rank.

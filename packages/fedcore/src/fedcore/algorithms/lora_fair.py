@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fedcore.algorithm import Context, Tree
-from fedcore.algorithms._lora import LoraAlgorithm, Part
+from fedcore.algorithms._lora import LoraAlgorithm
+from fedcore.algorithms._lora_layout import Part
 
 __all__ = ["LoRAFAIR"]
 
