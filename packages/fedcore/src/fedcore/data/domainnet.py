@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from polymodal.errors import UserError, did_you_mean
 from polymodal.paths import read_text_lines
@@ -13,9 +13,6 @@ from polymodal.paths import read_text_lines
 from fedcore.data.array_type import ArrayData
 from fedcore.data.base import FedData
 from fedcore.data.picture_cache import cached_pictures, check_memory, open_picture
-
-if TYPE_CHECKING:
-    import numpy as np
 
 __all__ = ["DOMAINS", "DomainNet"]
 
@@ -107,19 +104,22 @@ class DomainNet(FedData):
         lists = [self._kept(self._list(domain, split), split) for domain in self.chosen]
         fewer = "choose fewer (--data.domains, --data.per_class) or a smaller --data.image_size"
         check_memory(self.name, sum(map(len, lists)), side, fewer)
-        pictures, labels, groups = [], [], []
+        pictures = np.empty((sum(map(len, lists)), 3, side, side), dtype=np.uint8)
+        labels: list[int] = []
+        groups: list[int] = []
         picture = partial(open_picture, name=self.name, size=side)
         for number, (domain, rows) in enumerate(zip(self.chosen, lists, strict=True)):
             files, found = [home / file for file, _ in rows], [label for _, label in rows]
             what = f"{domain}-{split}"
-            pictures.append(cached_pictures(self.name, what, files, found, side, picture, self.remedy))
+            place = slice(len(labels), len(labels) + len(rows))
+            pictures[place] = cached_pictures(self.name, what, files, found, side, picture, self.remedy)
             labels += found
             groups += [number] * len(rows)
         options: dict[str, Any] = {"groups": torch.tensor(groups, dtype=torch.long), "group_names": self.chosen}
         if self.augment and split == "train":
             options["augment"] = CropFlip(side // 8)
         return ArrayData(
-            torch.from_numpy(_joined(pictures)),
+            torch.from_numpy(pictures),
             torch.from_numpy(np.asarray(labels, dtype=np.int64)),
             transform=Normalise(IMAGENET_MEAN, IMAGENET_STD),
             **options,
@@ -160,10 +160,3 @@ class DomainNet(FedData):
             if counts[label] <= self.per_class:
                 kept.append((file, label))
         return kept
-
-
-def _joined(pictures: list[np.ndarray]) -> np.ndarray:
-    """All domains as one array; one domain without a copy."""
-    import numpy as np
-
-    return pictures[0] if len(pictures) == 1 else np.concatenate(pictures)
