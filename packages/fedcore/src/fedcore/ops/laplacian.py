@@ -33,7 +33,7 @@ def smooth(values: Tensor, strength: float) -> Tensor:
     wide = torch.float64 if values.dtype == torch.float64 else torch.float32
     frequencies = torch.arange(size // 2 + 1, dtype=torch.float64, device=values.device).mul_(2 * math.pi / size)
     divisor = 1 + 2 * strength * (1 - frequencies.cos())
-    found = torch.fft.irfft(torch.fft.rfft(values.to(wide)) / divisor.to(wide), n=size)
+    found: Tensor = torch.fft.irfft(torch.fft.rfft(values.to(wide)) / divisor.to(wide), n=size)
     return found.to(values.dtype)
 
 
