@@ -80,7 +80,12 @@ class Deployment:
     def start(self, name: str, *command: str) -> None:
         log = (self.folder / f"{name}.log").open("wb")
         self.processes[name] = subprocess.Popen(
-            [str(PROGRAMS / command[0]), *command[1:]], cwd=self.folder, env=self.env, stdout=log, stderr=log
+            [str(PROGRAMS / command[0]), *command[1:]],
+            cwd=self.folder,
+            env=self.env,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # as machines of their own: Linux shares a busy processor out by session
         )
 
     def link(self) -> None:

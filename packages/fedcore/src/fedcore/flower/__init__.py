@@ -33,8 +33,9 @@ SWITCHES = {
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
-"""Environment under which nothing of Flower or Ray reaches out by itself."""
+"""Environment under which nothing of Flower or Ray reaches out by itself; the last one ends a notice of Ray's."""
 
 for _name, _value in SWITCHES.items():
     os.environ.setdefault(_name, _value)

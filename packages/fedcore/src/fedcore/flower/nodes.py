@@ -107,7 +107,7 @@ class Nodes:
             )
         self._partitions = partitions
         ids, samples = list(head["id"]), list(head["samples"])
-        log.info("node %s has partition %d of %d: %d clients", node, partition, partitions, len(ids))
+        log.debug("node %s has partition %d of %d: %d clients", node, partition, partitions, len(ids))
         self._clients[node] = tuple(int(i) for i in ids)
         self.samples |= dict(zip(self._clients[node], (int(n) for n in samples), strict=True))
 

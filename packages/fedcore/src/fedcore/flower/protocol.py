@@ -164,8 +164,8 @@ class Answer:
         """The answer of one client; its tensors are taken out of ``content``."""
         head = head_of(content)
         index = list(head["id"]).index(id)
-        numbers = {name: head[name][index] for name in ("loss", "up_bytes", "down_bytes", "error")}
-        trees = {part: _get(content, f"{id}.{part}", device) for part in ("upload", "state", "buffers")}
+        numbers: Any = {name: head[name][index] for name in ("loss", "up_bytes", "down_bytes", "error")}
+        trees: Any = {part: _get(content, f"{id}.{part}", device) for part in ("upload", "state", "buffers")}
         for part in trees:
             content.pop(f"{id}.{part}", None)
         return cls(**trees, **numbers)
@@ -192,7 +192,7 @@ def head_of(content: RecordDict) -> Mapping[str, Any]:
         raise ProtocolError("not a message of fedcore; the server and all nodes must run the same app")
     version = head["schema_version"]
     if not isinstance(version, int) or version > SCHEMA_VERSION:
-        raise ProtocolError(f"message of schema version {version}; update polymodal-fedcore on the receiving side")
+        raise ProtocolError(f"message of schema version {version!r}; update polymodal-fedcore on the receiving side")
     return head
 
 
