@@ -214,14 +214,18 @@ def _event(library: Any, release: Release) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the library's lines on Renyi orders that it leaves out, which leaves the bound one."""
+    """Without the library's lines on Renyi orders that it leaves out, which leaves the bound one.
+
+    Nor the handler that its calls of ``logging.warning`` give the root logger, after which every line comes twice.
+    """
     logger = logging.getLogger("absl")
-    before = logger.level
+    level, handlers, own = logger.level, logging.root.handlers[:], logger.handlers[:]
     logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        logger.setLevel(level)
+        logging.root.handlers[:], logger.handlers[:] = handlers, own
 
 
 # ------------------------------------------------------------------ noise for a target, curves, budgets
