@@ -131,7 +131,7 @@ def compared(name, options, scenario, *, ranks=None, scaling=SAME, init=None, se
     return sim, world
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("scenario", ["all", "partial", pytest.param("sgd", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("name", "options"), CASES, ids=lambda v: v if isinstance(v, str) else str(v))
 def test_trajectory(name, options, scenario):
     sim, world = compared(name, options, SCENARIOS[scenario])
@@ -148,7 +148,12 @@ def test_trajectory(name, options, scenario):
                 np.testing.assert_allclose(found, world.own[client][short], rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", [row.name for row in ALGORITHMS if "lora" in row.tags])
+ROWS = [row.name for row in ALGORITHMS if "lora" in row.tags]
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in ("ilora", "flora") else pytest.param(n, marks=pytest.mark.slow) for n in ROWS]
+)
 @pytest.mark.parametrize("init", ["kaiming", "qr", "qr_scaled"])
 def test_every_start(name, init):
     """Frozen weights differ by rank after a QR start, and must be the clients' own or the exact average."""
