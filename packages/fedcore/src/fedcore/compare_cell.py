@@ -9,7 +9,7 @@ import logging
 import math
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from fedcore.world_settings import PartitionConfig
 if TYPE_CHECKING:
     from torch import nn
 
+    from fedcore.data.arrays import ArrayData
     from fedcore.simulation import Simulation
     from fedcore.world import World
 
@@ -164,7 +165,7 @@ class CellRunner:
         return assemble(
             self.model(cell).to(config.device),
             lambda module: module,
-            world.clients,
+            _stored(world.clients),
             create(cell.method.algorithm, **cell.options),
             lora=config.lora_of(cell),
             privacy=config.privacy_of(cell),
@@ -199,6 +200,18 @@ class CellRunner:
 def _base_of(lora: LoraConfig) -> str:
     """What the base of an adapted model depends on."""
     return json.dumps({k: v for k, v in to_dict(lora).items() if k.startswith("pretrain_")}, sort_keys=True)
+
+
+def _stored(clients: Sequence[ArrayData]) -> Sequence[Any]:
+    """Clients as rows of shared tensors, which the batched engine gathers at once; as they are where none is stored."""
+    import torch
+    from torch.utils.data import Subset, TensorDataset
+
+    tensors = clients[0].tensors
+    if tensors is None or any(client.tensors is None or client.tensors[0] is not tensors[0] for client in clients):
+        return clients
+    whole = TensorDataset(*tensors)
+    return [Subset(whole, client.rows(torch.arange(len(client))).tolist()) for client in clients]
 
 
 def _promise(simulation: Simulation) -> dict[str, Any]:
