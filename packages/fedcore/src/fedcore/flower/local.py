@@ -11,7 +11,7 @@ import queue
 import tempfile
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from polymodal.errors import UserError
@@ -125,7 +125,7 @@ class RayRuntime:
             self._stop.wait()
 
         nodes = client_app(functools.partial(_read, str(path)))
-        resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
+        resources: Any = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
         run_simulation(app, nodes, self.nodes, backend_config=resources)
 
 
@@ -144,7 +144,7 @@ def _init_ray(workers: int) -> None:
             ray.init(
                 num_cpus=workers,
                 include_dashboard=False,
-                logging_level="ERROR",
+                logging_level=logging.ERROR,
                 log_to_driver=False,
                 object_store_memory=OBJECT_STORE_BYTES,
                 _node_ip_address="127.0.0.1",

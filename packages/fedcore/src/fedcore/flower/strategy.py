@@ -68,7 +68,7 @@ class FlowerStrategy(Strategy):
         self._round.join()
         if "error" in self._outcome:
             raise self._outcome["error"]
-        row = {name: value for name, value in self._outcome["row"].items() if isinstance(value, int | float)}
+        row: Any = {name: value for name, value in self._outcome["row"].items() if isinstance(value, int | float)}
         return self.arrays(), MetricRecord(row)
 
     def configure_evaluate(
