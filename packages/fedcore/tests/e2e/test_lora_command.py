@@ -198,9 +198,10 @@ def test_a_model_of_transformers_comes_back_to_peft(fed_train, only_run, tmp_pat
     result = fed_train("--data", "digits", "--model", f"hf:{tmp_path / 'vit'}", *small, *start)
     assert result.code == 0, result.err
     again = next((tmp_path / "runs" / "fedcore").glob("again-*"))
-    assert manifest(again)["data"]["lora"]["ranks"] == [8]
+    assert manifest(again)["data"]["lora"]["ranks"] == [8], "the adapter's own"
 
 
+@pytest.mark.slow
 def test_a_model_of_timm(fed_train, only_run) -> None:
     pytest.importorskip("timm")
     small = ["--rounds", "1", "--clients", "3", "--federation.max_steps", "1", "--federation.flatness", "0"]
