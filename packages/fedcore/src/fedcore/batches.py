@@ -18,8 +18,9 @@ class ClientData:
 
     Args:
         dataset: a ``TensorDataset`` or nested ``Subset`` of one (gathered without touching single samples); an object
-            with ``__len__`` and ``batch(indices, generator)`` (its own gathering and augmentation); or any map-style
-            dataset, whose samples are collated one by one.
+            with ``__len__`` and ``batch(indices, generator)`` (its own gathering and augmentation), and perhaps
+            ``tensors`` and ``rows(indices)`` where its batches are rows of stored tensors; or any map-style dataset,
+            whose samples are collated one by one.
 
     Raises:
         UserError: an object without a length or without samples by index.
@@ -68,8 +69,11 @@ class ClientData:
     @property
     def tensors(self) -> tuple[Tensor, ...] | None:
         """The underlying tensors where all samples are in memory and nothing is drawn, for stacked gathering."""
-        return self._dataset.tensors if self._stored else None
+        if self._stored:
+            return self._dataset.tensors  # type: ignore[no-any-return]
+        return self._dataset.tensors if hasattr(self._dataset, "rows") and hasattr(self._dataset, "tensors") else None
 
     def rows(self, indices: Tensor) -> Tensor:
         """Rows of ``tensors`` that this client's ``indices`` mean."""
-        return indices if self._index is None else self._index[indices]
+        own = indices if self._index is None else self._index[indices]
+        return own if self._stored else self._dataset.rows(own)  # type: ignore[no-any-return]

@@ -93,3 +93,17 @@ def test_it_travels_to_worker_processes():
 def test_targets_must_fit():
     with pytest.raises(ValueError, match="3 inputs, 2 targets"):
         ArrayData(torch.zeros(3, 1), torch.zeros(2))
+
+
+def test_clients_say_which_rows_of_stored_tensors_their_batches_are():
+    whole = ArrayData(torch.arange(12.0).reshape(6, 2), torch.arange(6))
+    part = whole.subset([5, 1, 3])
+    client = ClientData(Subset(part, [2, 0]))
+    index = torch.tensor([1, 0])
+    assert client.tensors is not None
+    assert client.tensors[0] is part.tensors[0]
+    assert client.rows(index).tolist() == [5, 3]
+    for stored, gathered in zip(client.tensors, client.batch(index), strict=True):
+        assert torch.equal(stored[client.rows(index)], gathered)
+    changed = ArrayData(torch.ones(3, 2), torch.arange(3), transform=lambda inputs: inputs * 2)
+    assert ClientData(changed).tensors is None
