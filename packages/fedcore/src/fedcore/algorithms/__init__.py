@@ -377,7 +377,7 @@ ALGORITHMS = Registry(
         MethodInfo(
             name="lora_head",
             target="fedcore.algorithms.lora_head:LoRAHead",
-            paper="baseline of ILoRA's comparison (arXiv 2511.16069)",
+            paper="baseline of ILoRA's comparison, 2025 (arXiv 2511.16069)",
             summary="the head alone is trained, adapters stay: the floor of comparisons",
             tags=("tier3", "lora"),
         ),
