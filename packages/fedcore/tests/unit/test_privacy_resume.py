@@ -62,8 +62,8 @@ def test_nothing_is_released_where_the_ledger_cannot_be_written(tmp_path):
 
 def test_the_budget_stops_before_the_round_that_exceeds_it():
     delta = 0.01
-    target = (epsilon(0.5, 1.0, 3, delta) + epsilon(0.5, 1.0, 4, delta)) / 2
-    sim = private({"target_epsilon": target, "delta": delta}, rounds=10)
+    target = (epsilon(1.0, 4.0, 3, delta) + epsilon(1.0, 4.0, 4, delta)) / 2
+    sim = private({"noise_multiplier": 4.0, "target_epsilon": target, "delta": delta}, fraction=1.0, rounds=10)
     rows = []
     with pytest.raises(BudgetError, match="budget") as caught:
         sim.run(10, on_round=rows.append)
@@ -78,17 +78,17 @@ def test_the_budget_stops_before_the_round_that_exceeds_it():
 
 
 def test_a_budget_that_is_spent_already_stops_the_first_round(tmp_path):
-    first = private()
+    first = private({"noise_multiplier": 4.0}, fraction=1.0)
     first.open_ledger(tmp_path / "ledger.jsonl")
     first.run(2)
-    sim = private({"target_epsilon": first.epsilon * 1.01}, rounds=5)
+    sim = private({"noise_multiplier": 4.0, "target_epsilon": first.epsilon * 1.01}, fraction=1.0, rounds=5)
     sim.open_ledger(tmp_path / "ledger.jsonl")
     with pytest.raises(BudgetError):
         sim.round()
 
 
 def test_sigma_is_chosen_for_a_target_over_all_rounds():
-    sim = private({"noise_multiplier": None, "target_epsilon": 2.0, "delta": 0.01}, rounds=3)
+    sim = private({"noise_multiplier": None, "target_epsilon": 2.0, "delta": 0.01}, fraction=1.0, rounds=3)
     sim.run(3)
     assert 1.9 < sim.epsilon <= 2.0
     with pytest.raises(BudgetError):
