@@ -325,7 +325,7 @@ class Simulation:
             "flat": self.flat.clone(),
             "buffers": {name: value.clone() for name, value in self.buffers.items()},
             "server": {name: value.clone() for name, value in self.server_state.items()},
-            "clients": {i: dict(self.store[i]) for i in self.store} if clients else {},
+            "clients": {i: {name: v.clone() for name, v in self.store[i].items()} for i in self.store if clients},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -350,6 +350,7 @@ class Simulation:
         self.rounds = self.rounds or state["rounds"]
         if self.engine == "auto":
             self.engine = state["engine"]
+        self.store.clear()
         for client, kept in state["clients"].items():
             self.store.put(int(client), {name: value.to(device) for name, value in kept.items()})
         self.close()

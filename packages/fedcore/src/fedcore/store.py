@@ -51,6 +51,12 @@ class ClientStore(Mapping[int, Tree]):
         for name, value in state.items():
             row[name].copy_(value)
 
+    def clear(self) -> None:
+        """Forget all states."""
+        self._rows.clear()
+        self.changed.clear()
+        self.in_memory = 0
+
     def _allocate(self, client: int, name: str, value: torch.Tensor) -> torch.Tensor:
         size = value.numel() * value.element_size()
         if value.device.type != "cpu" or self._limit is None or self.in_memory + size <= self._limit or not size:

@@ -279,3 +279,18 @@ def test_auto_says_what_it_chose_keeps_the_bits_and_a_resumed_run_keeps_the_choi
             resumed = simulate(engine="auto")
             resumed.load_state_dict(sim.state_dict())
             assert resumed.engine == engine
+
+
+def test_a_saved_state_stands_still_and_replaces_what_was_there():
+    first = simulate(algorithm=create("scaffold"), cohorts=[[0, 1], [1, 2], [0, 2]])
+    first.round()
+    saved = first.state_dict()
+    before = {client: tree["c"].clone() for client, tree in saved["clients"].items()}
+    first.round()
+    first.round()
+    assert {client: torch.equal(tree["c"], before[client]) for client, tree in saved["clients"].items()} == {
+        0: True,
+        1: True,
+    }
+    first.load_state_dict(saved)
+    assert sorted(first.client_states) == [0, 1]
