@@ -133,6 +133,7 @@ def test_drawn_pictures_are_read_in_the_layouts_and_each_class_is_one_region(ben
         ("css", ["step", "index"]),
         ("fedcore", ["serial", "batched", "methods"]),
         ("fedcore_lora", ["aggregate", "large", "rounds"]),
+        ("fedcore_privacy", ["rounds", "noise"]),
     ],
 )
 def test_sections_run_in_tiny_sizes(bench, script, sections, tmp_path, monkeypatch):
@@ -158,7 +159,7 @@ def run_script(script, *arguments, cwd):
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
 
 
-@pytest.mark.parametrize("script", ["shared.py", "slt.py", "css.py", "fedcore.py", "fedcore_lora.py"])
+@pytest.mark.parametrize("script", ["shared.py", "slt.py", "css.py", "fedcore.py", "fedcore_lora.py", "fedcore_privacy.py"])
 def test_scripts_start_from_any_folder(script, tmp_path):
     done = run_script(script, "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
