@@ -251,9 +251,10 @@ def _notes(config: CompareConfig, rows: Sequence[Picked]) -> list[str]:
         notes.append(f"{what} on {where} by the mean over seeds of the last {config.tail} evaluations")
     if config.screens:
         screened = ", ".join(map(str, config.seeds[: config.screen]))
+        which = "seed" if config.screen == 1 else "seeds"
         notes.append(
-            f"the whole grid was run on seeds {screened}; all seeds were run at the best point and its neighbours, one"
-            " step in one option, until the best of those that have all seeds had no neighbour without"
+            f"the whole grid was run on {which} {screened}; all seeds were run at the best point and its neighbours,"
+            " one step in one option, until the best of those that have all seeds had no neighbour without"
         )
     if config.landscape:
         notes.append(

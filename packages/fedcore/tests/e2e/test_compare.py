@@ -185,7 +185,7 @@ def test_screening_leaves_out_what_is_far_from_the_best(fed_compare, tmp_path):
     assert code == 0, err
     found = cells(tmp_path / "results" / "small")
     assert 9 <= len(found) < 15
-    assert "the whole grid was run on seeds 0; all seeds were run at the best point" in out
+    assert "the whole grid was run on seed 0; all seeds were run at the best point" in out
     _, again, err = fed_compare(methods=methods, seeds=[0, 1, 2], screen=1)
     assert again == out
     assert f"{len(found)} of them done before" in err
