@@ -159,7 +159,9 @@ def run_script(script, *arguments, cwd):
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
 
 
-@pytest.mark.parametrize("script", ["shared.py", "slt.py", "css.py", "fedcore.py", "fedcore_lora.py", "fedcore_privacy.py"])
+@pytest.mark.parametrize(
+    "script", ["shared.py", "slt.py", "css.py", "fedcore.py", "fedcore_lora.py", "fedcore_privacy.py"]
+)
 def test_scripts_start_from_any_folder(script, tmp_path):
     done = run_script(script, "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
