@@ -89,7 +89,7 @@ def test_adapters_learn_more_than_a_head_alone(name):
     rows = pick_rates(config, records)
     assert to_table(config, rows) == (FOLDER / "results" / name / "table.md").read_text(encoding="utf-8")
     table = by_label(config, rows)
-    for label in ("fedit", "flexlora", "flora", "hetlora", "ilora_drop", "ilora_fold"):
+    for label in ("fedit", "flexlora", "flora", "ilora_drop", "ilora_fold"):
         assert gain(table, label, "lora_head")[0] > 5, label
 
 
