@@ -103,13 +103,14 @@ def compare(config: CompareConfig, beside: Path | None = None) -> str:
     from polymodal.seeding import set_threads
 
     from fedcore.compare_report import draw_curves, pick_rates, to_table, warning_of
+    from fedcore.compare_screen import missing_cells
 
     config.rows()
     set_threads(1)
     folder = config.results or (beside / "results" if beside else Path("runs/fedcore")) / config.name
     runner = CellRunner(config)
     records: dict[CellKey, dict[str, Any]] = {}
-    todo = _missing(config, runner, folder, records)
+    todo = missing_cells(config, records, partial(runner.read, folder))
     log.info("%d cells in %s, %d of them done before", len(todo) + len(records), folder, len(records))
     if config.dry_run:
         sys.stdout.write("".join(f"would run {cell.name}\n" for cell in todo) or "nothing left to run\n")
@@ -122,7 +123,7 @@ def compare(config: CompareConfig, beside: Path | None = None) -> str:
         for cell, record in _run(config, runner, todo):
             _write(folder / f"{cell.name}.json", record)
             records[cell.key] = record
-        todo = _missing(config, runner, folder, records)
+        todo = missing_cells(config, records, partial(runner.read, folder))
     rows = pick_rates(config, records)
     table = to_table(config, rows)
     write_text(folder / "table.md", table)
@@ -130,26 +131,6 @@ def compare(config: CompareConfig, beside: Path | None = None) -> str:
         write_bytes(folder / "curves.png", draw_curves(config, rows))
     sys.stdout.write(f"{table}\ntable, curves and cells: {folder}\n")
     return table
-
-
-def _missing(
-    config: CompareConfig, runner: CellRunner, folder: Path, records: dict[CellKey, dict[str, Any]]
-) -> list[Cell]:
-    """Cells to run next; records of those that were done before are added to ``records``."""
-    from fedcore.compare_screen import next_cells
-
-    lacking: set[CellKey] = set()
-    while True:
-        wanted = next_cells(config, records)
-        unread = [cell for cell in wanted if cell.key not in lacking]
-        if not unread:
-            return wanted
-        for cell in unread:
-            record = runner.read(folder, cell)
-            if record is None:
-                lacking.add(cell.key)
-            else:
-                records[cell.key] = record
 
 
 # ------------------------------------------------------------------ running

@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
-from fedcore.compare_grid import Cell, Method, Point
+from fedcore.compare_grid import Cell, CellKey, Method, Point
 from fedcore.compare_report import Records, accuracy_of
 from fedcore.compare_settings import CompareConfig
 
-__all__ = ["next_cells"]
+__all__ = ["missing_cells", "next_cells"]
+
+
+def missing_cells(
+    config: CompareConfig, records: dict[CellKey, Any], read: Callable[[Cell], Mapping[str, Any] | None]
+) -> list[Cell]:
+    """Cells to run next, after all that are wanted and were run before have been read.
+
+    Args:
+        config: the comparison.
+        records: what is known; what is read is added.
+        read: record of a cell that was run; None where there is none.
+    """
+    lacking: set[CellKey] = set()
+    while True:
+        wanted = next_cells(config, records)
+        unread = [cell for cell in wanted if cell.key not in lacking]
+        if not unread:
+            return wanted
+        for cell in unread:
+            record = read(cell)
+            if record is None:
+                lacking.add(cell.key)
+            else:
+                records[cell.key] = record
 
 
 def next_cells(config: CompareConfig, records: Records) -> list[Cell]:

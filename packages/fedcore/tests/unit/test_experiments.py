@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from fedcore.compare_cell import CellRunner
 from fedcore.compare_report import pick_rates, tail_mean, to_table
-from fedcore.compare_screen import next_cells
+from fedcore.compare_screen import missing_cells
 from fedcore.compare_settings import CompareConfig
 from fedcore.data import READERS
 from polymodal.cli import parse_config
@@ -20,11 +20,8 @@ def load(name):
     config = parse_config(CompareConfig, ["--config", str(FOLDER / f"{name}.yaml")], choices={"data": READERS})
     runner = CellRunner(config)
     records = {}
-    while todo := next_cells(config, records):
-        for cell in todo:
-            record = runner.read(FOLDER / "results" / name, cell)
-            assert record is not None, f"{name}/{cell.name} is missing or of other settings: run fed-compare"
-            records[cell.key] = record
+    missing = missing_cells(config, records, lambda cell: runner.read(FOLDER / "results" / name, cell))
+    assert not missing, f"{name}/{missing[0].name} is missing or of other settings: run fed-compare"
     return config, records
 
 
