@@ -237,8 +237,9 @@ def _rounds_to(config: CompareConfig, row: Picked) -> str:
 def _notes(config: CompareConfig, rows: Sequence[Picked]) -> list[str]:
     cap = f" (at most {config.max_steps} steps)" if config.max_steps else ""
     local = f"{config.max_steps} local steps each" if config.exact_steps else f"{config.local_epochs} local epochs{cap}"
+    share = "all" if config.fraction == 1 else f"{config.fraction:g}"
     federation = (
-        f"{config.data.name}, {_clients(config)}, {config.fraction:g} of them a round, batch {config.batch_size},"
+        f"{config.data.name}, {_clients(config)}, {share} of them a round, batch {config.batch_size},"
         f" {local}, {config.rounds} rounds, seeds"
         f" {', '.join(map(str, config.seeds))};"
         " mean ± sample deviation over seeds, differences paired by seed with their 95 % t-interval"
