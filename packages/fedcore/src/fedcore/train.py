@@ -114,7 +114,7 @@ def _with_adapters(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
 
 def _is_private(arguments: list[str]) -> bool:
     """Whether the arguments name an algorithm with client-level privacy."""
-    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    pairs = itertools.zip_longest(arguments, arguments[1:], fillvalue="")
     named = [word.partition("=")[2] or after for word, after in pairs if word.partition("=")[0] == "--algorithm"]
     return bool(named) and any(row.name == named[-1] and "dp" in row.tags for row in ALGORITHMS)
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import fedcore.train
 import numpy as np
 import pytest
 import torch
@@ -353,3 +354,21 @@ def test_a_dry_run_tells_the_clients_and_writes_nothing(fed_train, fed_run: Path
         "nothing was trained",
     ):
         assert words in result.out, result.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "algorithm", "rounds"),
+    [
+        ([], "fedmoswa", 60),
+        (["--lora.ranks", "2,4,6"], "ilora", 30),
+        (["--algorithm", "dp_fedavg"], "dp_fedavg", 40),
+        (["--algorithm=dp_fedavg"], "dp_fedavg", 40),
+    ],
+)
+def test_with_no_preset_the_data_and_the_method_choose_one(monkeypatch, arguments, algorithm, rounds) -> None:
+    found = []
+    monkeypatch.setattr("fedcore.train.train", found.append)
+    monkeypatch.setattr(sys, "argv", ["fed-train", *arguments])
+    assert fedcore.train.main() == 0
+    (config,) = found
+    assert (config.algorithm, config.federation.rounds, config.data.name) == (algorithm, rounds, "digits")
