@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ __all__ = ["PlainTask", "SharedTask", "StepTask", "Task", "as_task"]
 log = logging.getLogger(__name__)
 
 
-class Task:
+class Task(ABC):
     """A module and how its loss and its metrics are computed.
 
     Args:
@@ -31,17 +32,17 @@ class Task:
     def __init__(self, module: Any) -> None:
         self.module = module
 
+    @abstractmethod
     def loss(self, batch: Any, rng: int) -> Tensor:
         """Mean training loss of a batch, with gradient."""
-        raise NotImplementedError
 
     def size(self, batch: Any) -> int:
         """Samples of a batch."""
         return len(batch[1])
 
+    @abstractmethod
     def evaluate(self, batches: Iterable[Any]) -> dict[str, float]:
         """Metrics over a whole data set; called in eval mode without gradient."""
-        raise NotImplementedError
 
     def output_loss(self) -> Callable[[Tensor, Any], Tensor] | None:
         """``(outputs, targets) -> mean loss``, where the loss of a batch ``(inputs, targets)`` is that and no more."""
