@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-import multiprocessing
 import os
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import torch
 from fedcore import simulation, train
 from fedcore.lora import job
 from polymodal.callbacks import load_checkpoint
+from polymodal.forked import run_forked
 from safetensors.torch import load_file
 
 OPTIONS = ["--lora.ranks", "2,4", "--rounds", "4", "--clients", "3", "--model.options", "{hidden: [12, 8]}"]
@@ -35,25 +34,7 @@ Patch = Callable[[], None]
 
 def fed_train(out: Path, *arguments: object, patch: Patch = lambda: None) -> tuple[int, str]:
     """The command in a forked process that ``patch`` prepares; exit code (negative: signal) and stderr."""
-    out.mkdir(parents=True, exist_ok=True)
-    log = out / "stderr.txt"
-
-    def child() -> None:
-        with log.open("w") as handle:
-            os.dup2(handle.fileno(), 2)
-            sys.stderr, sys.stdout = handle, Path(os.devnull).open("w")
-            sys.argv = ["fed-train", *map(str, arguments), "--out", str(out / "runs")]
-            torch.set_num_threads(1)
-            patch()
-            code = train.main()
-            handle.flush()
-            os._exit(code)
-
-    process = multiprocessing.get_context("fork").Process(target=child)
-    process.start()
-    process.join(240)
-    assert process.exitcode is not None, "the run hangs"
-    return process.exitcode, log.read_text()
+    return run_forked(train.main, ["fed-train", *map(str, arguments)], out, patch)
 
 
 def at_call(owner: object, name: str, number: int) -> Patch:

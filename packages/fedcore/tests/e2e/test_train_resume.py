@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -18,6 +17,7 @@ import pytest
 import torch
 from fedcore import landscape, module, simulation, state_shards, train
 from polymodal.callbacks import load_checkpoint
+from polymodal.forked import run_forked
 from polymodal.logs import CsvLog
 from safetensors.torch import load_file
 
@@ -39,26 +39,7 @@ def interrupt() -> None:
 
 def fed_train(out: Path, *arguments: object, patch: Patch = lambda: None) -> tuple[int, str]:
     """The command in a forked process that ``patch`` prepares; exit code (negative: signal) and stderr."""
-    out.mkdir(parents=True, exist_ok=True)
-    log = out / "stderr.txt"
-
-    def child() -> None:
-        with log.open("w") as handle:
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
-            os.dup2(handle.fileno(), 2)
-            sys.stderr, sys.stdout = handle, Path(os.devnull).open("w")
-            sys.argv = ["fed-train", *map(str, arguments), "--out", str(out / "runs")]
-            torch.set_num_threads(1)
-            patch()
-            code = train.main()
-            handle.flush()
-            os._exit(code)
-
-    process = multiprocessing.get_context("fork").Process(target=child)
-    process.start()
-    process.join(240)
-    assert process.exitcode is not None, "the run hangs"
-    return process.exitcode, log.read_text()
+    return run_forked(train.main, ["fed-train", *map(str, arguments)], out, patch)
 
 
 def folder_of(out: Path) -> Path:
