@@ -1,0 +1,1 @@
+"""Adapters of image encoders, one file a family."""

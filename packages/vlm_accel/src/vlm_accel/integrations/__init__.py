@@ -1,0 +1,1 @@
+"""Other libraries that can be used with accelerate."""

@@ -1,0 +1,1 @@
+"""The decoder engine: hooks, tracked cache, eviction."""

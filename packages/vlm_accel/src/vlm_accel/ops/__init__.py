@@ -1,0 +1,1 @@
+"""Merge rules as plain functions on tensors."""
