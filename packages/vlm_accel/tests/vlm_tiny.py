@@ -236,7 +236,7 @@ _QWEN_IDS = {
 
 def _qwen2_vl(options: dict[str, Any]) -> nn.Module:
     config = tf.Qwen2VLConfig(
-        vision_config={"depth": 4, "embed_dim": 32, "hidden_size": 64, "num_heads": 4, "mlp_ratio": 2, "patch_size": 14},
+        vision_config={"depth": 4, "embed_dim": 32, "hidden_size": 64, "num_heads": 4, "mlp_ratio": 2},
         text_config=_text("qwen2_vl_text", _mrope(options)), **_QWEN_IDS,
     )  # fmt: skip
     return tf.Qwen2VLForConditionalGeneration(config)
@@ -320,7 +320,9 @@ _MAKERS = {
     "clip": lambda options: tf.CLIPVisionModelWithProjection(tf.CLIPVisionConfig(**_clip_vision())),
     "siglip": lambda options: tf.SiglipVisionModel(tf.SiglipVisionConfig(**_clip_vision())),
     "dinov2": lambda options: tf.Dinov2Model(
-        tf.Dinov2Config(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, mlp_ratio=2, image_size=56, patch_size=14)
+        tf.Dinov2Config(
+            hidden_size=32, num_hidden_layers=4, num_attention_heads=4, mlp_ratio=2, image_size=56, patch_size=14
+        )
     ),
     "dinov2_registers": lambda options: tf.Dinov2WithRegistersModel(
         tf.Dinov2WithRegistersConfig(
