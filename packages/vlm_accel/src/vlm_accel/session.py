@@ -51,6 +51,7 @@ class VisionRecord:
         mlp_tokens: per block, rows that entered its MLP, likewise.
         full: rows per block without acceleration, likewise.
         lengths: per block, rows of each image (attention is quadratic in these); fixed-size encoders: one number each.
+        full_lengths: the same without acceleration, where it differs between blocks (windows); empty: as in block 0.
         left: patches left at the end, per image.
     """
 
@@ -59,6 +60,7 @@ class VisionRecord:
     mlp_tokens: list[int] = field(default_factory=list)
     full: list[int] = field(default_factory=list)
     lengths: list[list[int]] = field(default_factory=list)
+    full_lengths: list[list[int]] = field(default_factory=list)
     left: list[int] = field(default_factory=list)
 
 
