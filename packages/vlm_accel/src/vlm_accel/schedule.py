@@ -29,6 +29,7 @@ class Step:
         ratio: share kept, in (0, 1]; ``N - round(N * (1 - ratio))`` are kept, half to even.
         drop: tokens removed.
         drop_ratio: share removed, in [0, 1), rounded down.
+        truncate: ``ratio`` keeps ``int(N * ratio)`` instead (PyramidDrop, LightVLM 5).
 
     Raises:
         UserError: not exactly one amount, an amount out of range, an unknown stage, a negative layer.
@@ -40,6 +41,7 @@ class Step:
     ratio: float | None = None
     drop: int | None = None
     drop_ratio: float | None = None
+    truncate: bool = False
 
     def __post_init__(self) -> None:
         where = f"step at {self.stage} layer {self.layer}"
@@ -65,6 +67,8 @@ class Step:
         """Tokens left of ``tokens``: within [1, tokens], a multiple of ``group`` where group > 1 (iLLaVA 3.1)."""
         if self.keep is not None:
             left = self.keep
+        elif self.ratio is not None and self.truncate:
+            left = int(tokens * self.ratio + 1e-9)
         elif self.ratio is not None:
             left = tokens - round(tokens * (1 - self.ratio))
         elif self.drop is not None:
@@ -79,17 +83,26 @@ class Step:
 
 @dataclass(frozen=True)
 class Pyramid:
-    """LLM steps that become concrete when the number of decoder layers is known; made by ``pyramid``."""
+    """LLM steps that become concrete when the number of decoder layers is known; made by ``pyramid``.
+
+    Args:
+        target, layers, meaning, ratios: as in ``pyramid``.
+        of: depth for which ``layers`` were published; they move to the same share of the model's depth (at least 1,
+            ascending). None: ``layers`` are taken as they are.
+        truncate: steps keep ``int(N * ratio)``.
+    """
 
     target: float
     layers: tuple[int, ...] | None = None
     meaning: Literal["final", "mean"] = "final"
     ratios: tuple[float, ...] | None = None
+    of: int | None = None
+    truncate: bool = False
 
     def steps(self, depth: int) -> list[Step]:
         """The steps for a decoder of ``depth`` layers (LightVLM 3.2)."""
         layers = self.layers or tuple(dict.fromkeys(max(1, k) for k in (2, depth // 3, 2 * depth // 3)))
-        layers = tuple(sorted(layers))
+        layers = tuple(sorted(layers)) if self.of is None else _scaled(sorted(layers), self.of, depth)
         if layers[-1] >= depth:
             raise UserError(f"pyramid: layer {layers[-1]} is beyond the model's {depth} layers; give layers below it")
         if self.ratios is not None:
@@ -98,7 +111,9 @@ class Pyramid:
             ratios = [self.target ** (1 / len(layers))] * len(layers)
         else:
             ratios = [_mean_ratio(self.target, layers, depth)] * len(layers)
-        return [Step("llm", layer, ratio=ratio) for layer, ratio in zip(layers, ratios, strict=True)]
+        return [
+            Step("llm", layer, ratio=ratio, truncate=self.truncate) for layer, ratio in zip(layers, ratios, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -233,6 +248,14 @@ def counts_per_layer(steps: Sequence[Step], tokens: int, depth: int, group: int 
         if step is not None and step.stage == "vision":
             tokens = step.count(tokens, group)
     return counts
+
+
+def _scaled(layers: Sequence[int], of: int, depth: int) -> tuple[int, ...]:
+    """``layers`` of a model of ``of`` layers at the same share of ``depth``, each after the one before."""
+    moved: list[int] = []
+    for layer in layers:
+        moved.append(max(round(layer * depth / of), moved[-1] + 1 if moved else 1))
+    return tuple(moved)
 
 
 def _mean_ratio(target: float, layers: Sequence[int], depth: int) -> float:
