@@ -88,6 +88,9 @@ class VisionState:
         self.sizes: Tensor | None = None
         self.key_bias: Tensor | None = None
         self.taken: list[tuple[Step, Tensor, Reduced]] = []
+        #: dense layouts need to know where each row went, traced or not
+        self.wants_assign = False
+        self.assign: Tensor | None = None
 
     @property
     def cells(self) -> int:
@@ -121,13 +124,14 @@ class VisionState:
         sizes = self.sizes if self.sizes is not None else torch.ones(s, self.cells, device=x.device)
         tokens = Tokens(
             x=x, stage="vision", layer=step.layer, scores=scores, sizes=sizes, index=self.index, grid=self._cell_grid(),
-            keys=keys, queries=queries, seed=self.session.seed, span=self.span, trace=self.session.trace,
+            keys=keys, queries=queries, seed=self.session.seed, span=self.span, trace=self.session.trace or self.wants_assign,
         )  # fmt: skip
         reduced = method.reduce(tokens, keep)
         self.index = self.index.gather(1, reduced.kept)
         self.sizes = reduced.sizes if reduced.sizes is not None else sizes.gather(1, reduced.kept)
         self.key_bias = reduced.key_bias
         self.last = reduced.kept
+        self.assign = reduced.assign
         if self.session.trace:
             self.taken.append((step, scores if scores is not None else torch.zeros_like(sizes), reduced))
         return reduced.x.reshape(s, -1, d)
