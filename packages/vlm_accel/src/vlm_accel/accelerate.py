@@ -56,7 +56,8 @@ def accelerate(
             ``score``. Each stage (vision, features, llm, cache) is done by the last one named that can do it.
         schedule: steps, pyramids, or the name of a preset; None: the method's own, or from ``ratio``.
         ratio: share of the image tokens left at the end; encoders: four steps from a quarter of the depth; models
-            with a decoder: ``pyramid(ratio)`` where the method works there; methods after the encoder: their ratio.
+            with a decoder: ``pyramid(ratio)`` where the method works there; methods with a ratio of their own (after
+            the encoder, FastV, PyramidDrop, ...): theirs, at their own layers.
         kv: cache budget or its text (``"ratio:0.5"``); without a cache method LightVLM's window rule is used.
         trace: record which patch ended in which token (``handle.maps``).
         seed: of random controls.
@@ -200,19 +201,25 @@ def _from_ratio(ratio: float, family: Family, parts: list[Method]) -> tuple[Sche
         raise UserError(f"ratio={ratio}; expected a share kept in (0, 1]")
     done = []
     for part in parts:
-        if not isinstance(part, FeatureMethod):
-            done.append(part)
-        elif any(field.name == "ratio" for field in dataclasses.fields(part)):  # type: ignore[arg-type]
+        if _has_ratio(part):
             done.append(dataclasses.replace(part, ratio=ratio))  # type: ignore[type-var]
-        else:
+        elif isinstance(part, FeatureMethod):
             raise UserError(f"{type(part).__name__} has no ratio; give its own options instead")
-    if family.decoder and _last(done, "llm") is not None:
-        return pyramid(ratio), done
+        else:
+            done.append(part)
+    llm = _last(done, "llm")
+    if family.decoder and llm is not None:
+        # FastV, PyramidDrop and their like have layers of their own
+        return llm.schedule() if _has_ratio(llm) else pyramid(ratio), done
     if _last(done, "vision") is not None:
         return [Taper(ratio)], done
     if _last(done, "features") is None:
         raise UserError(f"{_names(done)} shortens no image tokens on {family.name}; give kv instead of ratio")
     return [], done
+
+
+def _has_ratio(part: Method) -> bool:
+    return any(field.name == "ratio" for field in dataclasses.fields(part))  # type: ignore[arg-type]
 
 
 def _decoder_depth(model: nn.Module) -> int:
