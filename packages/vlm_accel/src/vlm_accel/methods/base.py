@@ -15,10 +15,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
     from vlm_accel.budget import KVBudget
-    from vlm_accel.schedule import Schedule
+    from vlm_accel.schedule import Schedule, Step
 
 __all__ = ["CacheMethod", "CacheView", "FeatureMethod", "Features", "Method", "Reduced", "TokenMethod", "Tokens"]
 
@@ -45,6 +47,7 @@ class Tokens:
         queries: (S, N, H, d) likewise.
         seed: of the whole acceleration; draws are functions of (seed, stage, layer, span), never of call order.
         span: (S,) int64 number of the span within its model call, for such draws.
+        prefix: rows in front of these that are never touched (ToMe's split into even and odd counts them).
         trace: whether ``Reduced.assign`` and ``.weight`` are wanted.
     """
 
@@ -59,6 +62,7 @@ class Tokens:
     queries: Tensor | None = None
     seed: int = 0
     span: Tensor | None = None
+    prefix: int = 0
     trace: bool = False
 
 
@@ -73,6 +77,8 @@ class Reduced:
         assign: (S, N) int64 in [0, M), or -1 for a row that went nowhere; only with ``trace`` (else None allowed).
         weight: (S, M, N) float32, rows sum to 1 where the rule is a mean; only with ``trace`` (else None).
         key_bias: (S, M) float32 added to the attention logits of each key in later blocks (ToMe's log sizes), or None.
+
+    Unpacks in this order: ``tokens, kept, assign, sizes, weight, key_bias = ops.recycle(x, scores, keep)``.
     """
 
     x: Tensor
@@ -81,6 +87,18 @@ class Reduced:
     assign: Tensor | None = None
     weight: Tensor | None = None
     key_bias: Tensor | None = None
+
+    def _parts(self) -> tuple[Tensor | None, ...]:
+        return self.x, self.kept, self.assign, self.sizes, self.weight, self.key_bias
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._parts())
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, at: int) -> Any:
+        return self._parts()[at]
 
 
 @dataclass
@@ -142,6 +160,10 @@ class TokenMethod(Method):
         """Which importance score the engine computes for ``stage`` (iLLaVA 3.2, LightVLM 3.3)."""
         return "received" if stage == "vision" else "last"
 
+    def left(self, step: Step, tokens: int, group: int = 1) -> int:
+        """Tokens that ``reduce`` leaves of ``tokens`` at ``step``."""
+        return step.count(tokens, group)
+
     def reduce(self, tokens: Tokens, keep: int) -> Reduced:
         """Shorten ``tokens`` to ``keep`` rows; never called with keep = N (that is the identity, no copy)."""
         raise NotImplementedError
@@ -180,15 +202,20 @@ class CacheView:
         layer: decoder layer; depth: number of layers.
         keys, values: (B, K, n, d), keys as cached (rotated).
         queries: (B, H, w, d) the last w queries, rotated; H is a multiple of K (groups of query heads).
+        query_index: (B, w) int64, logical position of each query; -1: a query of padding, which counts for nothing.
+            None: they are the queries of the last w entries.
         valid: (B, K, n) bool, False for padding.
         index: (B, K, n) int64, logical position of each entry (-1 for padding).
         image: (B, K, n) bool, entry of an image token.
         scaling: of the attention logits.
-        budget: entries to keep.
+        budget: what may be kept.
+        entries: b, how many entries stay in this layer now.
+        softcap: cap of the attention logits, ``cap * tanh(logits / cap)`` (Gemma 2); None: none.
         state: dict of this layer that lives as long as the cache (H2O's sums); reordered with the beams by the engine
             where its values are tensors with B in front.
         module, hidden, kwargs: the attention module, its input and its keyword arguments (kvpress-like scorers).
         prefill: True for the compression right after the prefill.
+        seed: of random controls.
     """
 
     layer: int
@@ -207,6 +234,9 @@ class CacheView:
     kwargs: dict[str, Any] = field(default_factory=dict)
     prefill: bool = False
     seed: int = 0
+    query_index: Tensor | None = None
+    entries: int = 0
+    softcap: float | None = None
 
 
 class CacheMethod(Method):
@@ -226,9 +256,16 @@ class CacheMethod(Method):
 
         return KVBudget.ratio(0.5)
 
+    def adapt(self, budget: KVBudget) -> KVBudget:
+        """The budget that the method works with when the user gives ``budget`` (PyramidKV spreads it over layers)."""
+        return budget
+
     def entry_scores(self, view: CacheView) -> Tensor:
         """(B, K, n) float32, higher = keep; the engine then sets invalid to -inf, protected to +inf, keeps the top."""
         raise NotImplementedError
 
     def observe(self, view: CacheView) -> None:
-        """Take note of a step's queries (all of them, ``view.queries``) in ``view.state``."""
+        """Take note in ``view.state`` of queries that are new since the last call (``view.queries``), each once.
+
+        Called before entries go, so every query is seen with all the entries that it attended to.
+        """
