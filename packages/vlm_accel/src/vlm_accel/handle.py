@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vlm_accel.merge_map import MergeMap
     from vlm_accel.session import PrefillRecord, Session, VisionRecord
 
-__all__ = ["Handle", "time_calls"]
+__all__ = ["Handle", "Watch", "time_calls"]
 
 _WARM_UP = 8  # decode steps left out of the median (LightVLM 4)
 
@@ -246,3 +246,26 @@ def _tower(model: nn.Module) -> nn.Module | None:
             module: nn.Module = getattr(inner, name)
             return module
     return None
+
+
+class Watch:
+    """Times an unmodified model as a ``Handle`` does: ``with Watch(model) as handle: ...; handle.stats``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        from vlm_accel.families import family_of
+        from vlm_accel.session import Plan, Session
+
+        self._session = Session(model, Plan())
+        self._family = family_of(model)
+
+    def __enter__(self) -> Watch:
+        time_calls(self._session, self._family, None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._session.close()
+
+    @property
+    def stats(self) -> dict[str, float]:
+        """The ``time/...`` figures."""
+        return _time_stats(self._session.times)
