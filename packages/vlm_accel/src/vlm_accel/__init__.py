@@ -6,6 +6,8 @@ Nothing heavy is imported until a name is used.
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -32,3 +34,13 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'vlm_accel' has no attribute {name!r}")
     return getattr(importlib.import_module(f"vlm_accel.{_HOME[name]}"), name)
+
+
+class _Package(ModuleType):
+    """Keeps ``accelerate`` and ``show`` the functions when the modules of those names are imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, getattr(value, name) if isinstance(value, ModuleType) and name in _HOME else value)
+
+
+sys.modules[__name__].__class__ = _Package
