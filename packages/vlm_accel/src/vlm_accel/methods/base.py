@@ -151,6 +151,8 @@ class TokenMethod(Method):
 
     stages: ClassVar[tuple[str, ...]] = ("vision", "llm")
     needs_keys: ClassVar[bool] = False
+    #: sets ``Reduced.key_bias``: later blocks of an encoder add it to the logits of their keys (ToMe)
+    biases_keys: ClassVar[bool] = False
     #: allows keep = 0 (text-only)
     may_empty: ClassVar[bool] = False
     #: the score needs the decoder layer itself: the engine calls ``llm_scores(view)`` (SparseVLM, PACT)
