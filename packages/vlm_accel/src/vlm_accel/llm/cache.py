@@ -29,15 +29,18 @@ class Rows:
         valid: likewise bool, False for padding.
         image: likewise bool, rows of image tokens.
         holes: whether a row may have index -1 (known without looking at the tensor).
+        bias: likewise float32, added to the attention logits of the key (log sizes); None: nothing.
     """
 
-    def __init__(self, index: Tensor, valid: Tensor, image: Tensor, holes: bool = False) -> None:
+    def __init__(
+        self, index: Tensor, valid: Tensor, image: Tensor, holes: bool = False, bias: Tensor | None = None
+    ) -> None:
         self.index = index
         self.valid = valid
         self.image = image
         self.holes = holes
+        self.bias = bias
         self._memo: dict[str, tuple[Any, Rows]] = {}
-        self.masks: tuple[Any, Any] | None = None  # last mask and its gathered columns, for layers that share rows
 
     @classmethod
     def dense(cls, batch: int, count: int, device: torch.device, start: int = 0) -> Rows:
@@ -52,8 +55,9 @@ class Rows:
         return self.index.shape[-1]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Rows:
-        """The same function on all three tensors."""
-        return Rows(function(self.index), function(self.valid), function(self.image), self.holes)
+        """The same function on all tensors."""
+        bias = None if self.bias is None else function(self.bias)
+        return Rows(function(self.index), function(self.valid), function(self.image), self.holes, bias)
 
     def select(self, rows: Tensor) -> Rows:
         """Samples ``rows`` (B',) of the batch."""
@@ -82,10 +86,17 @@ class Rows:
 
         def build() -> Rows:
             parts = [(self.index, more.index), (self.valid, more.valid), (self.image, more.image)]
+            if self.bias is not None or more.bias is not None:
+                parts.append((self.log_sizes(), more.log_sizes()))
             joined = [torch.cat([old, _like(new, old)], dim=-1) for old, new in parts]
-            return Rows(*joined, holes=self.holes or more.holes)
+            bias = joined[3] if len(joined) > 3 else None
+            return Rows(joined[0], joined[1], joined[2], self.holes or more.holes, bias)
 
         return self._once("extend", more, build)
+
+    def log_sizes(self) -> Tensor:
+        """``bias``, zeros where there is none."""
+        return torch.zeros_like(self.index, dtype=torch.float32) if self.bias is None else self.bias
 
     def tail(self, start: int, count: int) -> Rows:
         """Followed by ``count`` rows of valid text from the logical position ``start`` on."""
@@ -113,7 +124,9 @@ class TrackedLayer(DynamicLayer):
     Attributes:
         keys, values: (B, K, n, d) as cached (rotated).
         logical: tokens that the model has seen, prompt and generated.
-        state: tensors with B in front follow beams; a method's notes on this layer.
+        state: a method's notes on this layer. Tensors with B in front follow the beams; so do objects with
+            ``select(rows)``, given the (B',) old sample of each new one and returning their successor. Objects with
+            ``crop(count)`` hear of tokens taken back.
         plain: last rows that are certainly the last logical tokens, one for one; only these can be cropped.
     """
 
@@ -127,6 +140,9 @@ class TrackedLayer(DynamicLayer):
         self._rows: Rows | None = None
         self._pending = 0
         self._next: tuple[int, Rows | None, int] | None = None
+        self._room = 0
+        self._buffers: tuple[Tensor, Tensor] | None = None
+        self._view: Tensor | None = None
 
     # -- what the rows are -------------------------------------------------------------------------------------------
 
@@ -198,17 +214,43 @@ class TrackedLayer(DynamicLayer):
             self.plain += new
             if self._rows is not None:
                 self._pending += new
-            return super().update(key_states, value_states, *args, **kwargs)  # type: ignore[no-any-return]
+            return self._append(key_states, value_states)
         length, rows, plain = self._next
         self._next = None
         old = self.rows if self.physical else None
         if rows is None:
             rows = Rows.dense(key_states.shape[0], new, key_states.device, self.logical)
-        result = super().update(key_states, value_states, *args, **kwargs)
+        result = self._append(key_states, value_states)
         self._rows = rows if old is None else old.extend(rows)
         self.plain = self.plain + plain if plain == length == new else plain
         self.logical += length
-        return result  # type: ignore[no-any-return]
+        return result
+
+    def reserve(self, rows: int) -> None:
+        """Room for ``rows`` rows in all: until it is full, ``update`` writes into it instead of copying the cache."""
+        self._room = rows
+
+    def _append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        if not self._room:
+            return super().update(keys, values)  # type: ignore[no-any-return]
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        old, end = self.physical, self.physical + keys.shape[-2]
+        if self._buffers is None or self._view is not self.keys or end > self._buffers[0].shape[-2]:
+            if end > self._room:
+                return super().update(keys, values)  # type: ignore[no-any-return]
+            self._buffers = self._room_for(keys, self.keys, old), self._room_for(values, self.values, old)
+        for buffer, new in zip(self._buffers, (keys, values), strict=True):
+            buffer[..., old:end, :] = new
+        self.keys, self.values = (buffer[..., :end, :] for buffer in self._buffers)
+        self._view = self.keys
+        return self.keys, self.values
+
+    def _room_for(self, new: Tensor, old: Tensor, count: int) -> Tensor:
+        buffer = new.new_empty(*new.shape[:-2], self._room, new.shape[-1])
+        if count:
+            buffer[..., :count, :] = old
+        return buffer
 
     def take(self, rows: Tensor, plain: int = 0) -> None:
         """Keep ``rows`` only.
@@ -244,6 +286,9 @@ class TrackedLayer(DynamicLayer):
         self.values = self.values[..., :-count, :]
         self.logical -= count
         self.plain -= count
+        for value in self.state.values():
+            if hasattr(value, "crop"):
+                value.crop(count)
 
     # -- what transformers asks --------------------------------------------------------------------------------------
 
@@ -259,7 +304,7 @@ class TrackedLayer(DynamicLayer):
     def reset(self) -> None:
         """Forget everything."""
         self.logical = self.plain = self._pending = 0
-        self._rows = self._next = None
+        self._rows = self._next = self._buffers = self._view = None
         self.state = {}
         self.keys = self.values = None
         self.is_initialized = False
@@ -274,22 +319,26 @@ class TrackedLayer(DynamicLayer):
             return
         rows = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
         rows = rows.to(self.keys.device)
-        self._batch(lambda t: t.index_select(0, rows), lambda known: known.select(indices if rows is indices else rows))
+        self._batch(rows, lambda known: known.select(rows))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each sample ``repeats`` times in a row."""
         if self.physical:
-            self._batch(lambda t: t.repeat_interleave(repeats, dim=0), lambda known: known.repeat(repeats))
+            rows = torch.arange(self.keys.shape[0], device=self.keys.device).repeat_interleave(repeats)
+            self._batch(rows, lambda known: known.repeat(repeats))
 
-    def _batch(self, tensors: Callable[[Tensor], Tensor], rows: Callable[[Rows], Rows]) -> None:
+    def _batch(self, rows: Tensor, follow: Callable[[Rows], Rows]) -> None:
         batch = self.keys.shape[0]
-        self.keys = tensors(self.keys)
-        self.values = tensors(self.values)
+        self.keys = self.keys.index_select(0, rows)
+        self.values = self.values.index_select(0, rows)
         if self._rows is not None:
-            self._rows = rows(self._rows)
+            self._rows = follow(self._rows)
         for name, value in self.state.items():
-            if isinstance(value, Tensor) and value.dim() and value.shape[0] == batch:
-                self.state[name] = tensors(value)
+            if isinstance(value, Tensor):
+                if value.dim() and value.shape[0] == batch:
+                    self.state[name] = value.index_select(0, rows)
+            elif hasattr(value, "select"):
+                self.state[name] = value.select(rows)
 
 
 def gather_rows(cached: Tensor, rows: Tensor) -> Tensor:
