@@ -9,7 +9,6 @@ import pytest
 import torch
 import vlm_tiny as tiny
 from polymodal.errors import UserError
-
 from vlm_accel.integrations import lmms_eval as plugin
 
 
