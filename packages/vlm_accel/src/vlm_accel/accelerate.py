@@ -91,11 +91,9 @@ def accelerate(
         _ACTIVE.update(modules)
     session = Session(model, plan, trace=trace, seed=seed)
     try:
-        if encoder is not None and (plan.vision_steps or plan.features):
+        if encoder is not None:
             encoder.install(session)
-        if family.decoder and (
-            plan.llm_steps or plan.kv or (encoder is not None and (plan.vision_steps or plan.features))
-        ):
+        if family.decoder:
             from vlm_accel.llm.engine import install_decoder
 
             install_decoder(session, model)
@@ -139,7 +137,7 @@ def _plan(
     depth = _decoder_depth(model) if family.decoder else 0
     used = encoder.used if encoder is not None else 0
     allowed = encoder.allowed if encoder is not None else None
-    vision_steps, llm_steps = expand(schedule, used, depth, allowed)
+    vision_steps, llm_steps = expand(schedule, used, depth, allowed, _first_layer(model))
     for stage, steps in (("vision", vision_steps), ("llm", llm_steps)):
         if steps and stages[stage] is None:
             raise UserError(
@@ -226,6 +224,12 @@ def _decoder_depth(model: nn.Module) -> int:
     from vlm_accel.llm.locate import find_decoder
 
     return len(find_decoder(model).layers)
+
+
+def _first_layer(model: nn.Module) -> int:
+    """First decoder layer that may be shortened: after the last one that gets image features added (DeepStack)."""
+    vision = getattr(getattr(model, "config", None), "vision_config", None)
+    return max(1, len(getattr(vision, "deepstack_visual_indexes", None) or ()))
 
 
 def _names(parts: list[Method]) -> str:

@@ -115,7 +115,8 @@ class Handle:
 def _vision_stats(record: VisionRecord, shape: costs.EncoderShape) -> dict[str, float]:
     rows = list(zip(record.lengths, record.mlp_tokens, record.full, strict=True))
     macs = sum(shape.block(lengths, mlp) for lengths, mlp, _ in rows)
-    plain = sum(shape.block(record.lengths[0], full) for _, _, full in rows)
+    unshortened = record.full_lengths or [record.lengths[0]] * len(rows)
+    plain = sum(shape.block(full, mlp) for full, (_, _, mlp) in zip(unshortened, rows, strict=True))
     found: dict[str, float] = {"tokens/images": record.images, "macs/vision": macs, "macs/vision_plain": plain}
     for block, count in enumerate(record.tokens):
         found[f"tokens/vision_{block:02d}"] = count

@@ -99,9 +99,9 @@ class Pyramid:
     of: int | None = None
     truncate: bool = False
 
-    def steps(self, depth: int) -> list[Step]:
-        """The steps for a decoder of ``depth`` layers (LightVLM 3.2)."""
-        layers = self.layers or tuple(dict.fromkeys(max(1, k) for k in (2, depth // 3, 2 * depth // 3)))
+    def steps(self, depth: int, first: int = 1) -> list[Step]:
+        """The steps for a decoder of ``depth`` layers, default ones not before layer ``first`` (LightVLM 3.2)."""
+        layers = self.layers or tuple(dict.fromkeys(max(first, k) for k in (2, depth // 3, 2 * depth // 3)))
         layers = tuple(sorted(layers)) if self.of is None else _scaled(sorted(layers), self.of, depth)
         if layers[-1] >= depth:
             raise UserError(f"pyramid: layer {layers[-1]} is beyond the model's {depth} layers; give layers below it")
@@ -197,7 +197,7 @@ def resolve(schedule: Iterable[Step], tokens: int, group: int = 1) -> list[int]:
 
 
 def expand(
-    schedule: Schedule, vision_layers: int, llm_layers: int, allowed: Sequence[int] | None = None
+    schedule: Schedule, vision_layers: int, llm_layers: int, allowed: Sequence[int] | None = None, first: int = 1
 ) -> tuple[list[Step], list[Step]]:
     """Concrete (vision steps, LLM steps), each ordered by layer, checked against the model.
 
@@ -206,6 +206,7 @@ def expand(
         vision_layers: encoder blocks whose output is used (0: no encoder).
         llm_layers: decoder layers (0: no decoder).
         allowed: blocks at which the encoder may be shortened; None: all.
+        first: first decoder layer of pyramids that name no layers.
 
     Raises:
         UserError: a layer beyond the model, two steps at one layer, a stage that the model does not have.
@@ -213,7 +214,7 @@ def expand(
     steps: list[Step] = []
     for part in schedule:
         if isinstance(part, Pyramid):
-            steps += part.steps(llm_layers) if llm_layers else []
+            steps += part.steps(llm_layers, first) if llm_layers else []
         elif isinstance(part, Taper):
             steps += part.expand(vision_layers, allowed)
         else:
