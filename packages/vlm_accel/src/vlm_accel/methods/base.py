@@ -251,6 +251,10 @@ class CacheMethod(Method):
     every_step: ClassVar[bool] = False
     #: the engine feeds each prefill and decode query to ``observe`` (H2O's running sums)
     observes: ClassVar[bool] = False
+    #: the score needs ``view.queries``; without it none are made
+    needs_queries: ClassVar[bool] = True
+    #: the score is the same for every head of a layer: one set of entries serves all, whatever ``per_head`` says
+    same_for_heads: ClassVar[bool] = False
 
     def kv(self) -> KVBudget | None:
         """Half of the prefill length."""
@@ -263,8 +267,14 @@ class CacheMethod(Method):
         return budget
 
     def entry_scores(self, view: CacheView) -> Tensor:
-        """(B, K, n) float32, higher = keep; the engine then sets invalid to -inf, protected to +inf, keeps the top."""
+        """(B, K, n) float32, higher = keep; the engine then sets invalid to -inf, protected to +inf, keeps the top.
+
+        Tensors (B, K, n) that the method puts into ``view.state`` are gathered with the entries.
+        """
         raise NotImplementedError
+
+    def moved(self, view: CacheView, rows: Tensor, layer: Any) -> None:
+        """Entries ``rows`` of ``view`` are what ``layer`` (a TrackedLayer) now holds (StreamingLLM may turn keys)."""
 
     def observe(self, view: CacheView) -> None:
         """Take note in ``view.state`` of queries that are new since the last call (``view.queries``), each once.
