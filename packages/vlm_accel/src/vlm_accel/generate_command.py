@@ -10,7 +10,7 @@ from typing import Any, Literal
 from polymodal.cli import command
 from polymodal.errors import UserError
 
-__all__ = ["GenerateConfig", "Settings", "accelerated", "main"]
+__all__ = ["GenerateConfig", "Settings", "accelerated", "gather_images", "inputs_of", "list_methods", "main"]
 
 EXAMPLE = """
 vlm-generate                                              # the built-in model, a picture of its own
@@ -76,7 +76,7 @@ class GenerateConfig(Settings):
 def main() -> int:
     """Entry point of ``vlm-generate``; returns the exit code."""
     return command(
-        generate, GenerateConfig, prog="vlm-generate", example=EXAMPLE, argv=_gather(sys.argv[1:]),
+        generate, GenerateConfig, prog="vlm-generate", example=EXAMPLE, argv=gather_images(sys.argv[1:]),
         list_methods=list_methods,
     )  # fmt: skip
 
@@ -197,7 +197,7 @@ def _report(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _gather(arguments: list[str]) -> list[str]:
+def gather_images(arguments: list[str]) -> list[str]:
     """``--images A B`` becomes one JSON list, which the parser reads."""
     import json
 

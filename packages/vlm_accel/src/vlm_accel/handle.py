@@ -96,6 +96,8 @@ class Handle:
         layers = [layer for layer in layers if layer.keys.dim() == 4]
         if not layers:
             return {}
+        from vlm_accel.llm.evict import kept_entries
+
         batch = layers[0].keys.shape[0]
         item = layers[0].keys.element_size()
         now = sum(layer.keys.numel() * item + layer.values.numel() * layer.values.element_size() for layer in layers)
@@ -105,7 +107,7 @@ class Handle:
         return {
             "kv/bytes": now,
             "kv/bytes_plain": plain,
-            "kv/entries": sum(layer.keys.shape[-2] for layer in layers),
+            "kv/entries": sum(kept_entries(layer) for layer in layers),
             "kv/entries_plain": sum(logical),
             "kv/weight_bytes": weights,
             "ideal/decode_speedup": costs.decode_gain(weights, plain, now),
