@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from polymodal.errors import UserError
@@ -44,8 +44,8 @@ class KVBudget:
     def __post_init__(self) -> None:
         if self.kind not in ("uniform", "ratio", "pyramid", "ada"):
             raise UserError(f"KV budget of kind {self.kind!r}; known: uniform, ratio, pyramid, ada")
-        if self.kind == "uniform" and self.value < 1:
-            raise UserError(f"KV budget of {self.value} entries; at least one must stay")
+        if self.kind == "uniform" and not (self.value >= 1 and self.value == int(self.value)):
+            raise UserError(f"KV budget of {self.value} entries; expected a whole number from 1")
         if self.kind != "uniform" and not 0 < self.value <= 1:
             raise UserError(f"KV budget {self.kind}:{self.value}; expected a share kept in (0, 1]")
         if self.scope not in ("all", "image", "no_system"):
@@ -87,27 +87,46 @@ class KVBudget:
         """
         head, *options = text.split(",")
         kind, _, value = head.strip().partition(":")
+        known = [field.name for field in fields(cls)][2:]
         try:
-            given = {
-                name.strip(): _convert(name.strip(), v.strip()) for name, _, v in (o.partition("=") for o in options)
-            }
-            return cls(kind, float(value), **given)  # type: ignore[arg-type]
-        except (ValueError, TypeError, KeyError):
+            pairs = [(name.strip(), given.strip()) for name, _, given in (option.partition("=") for option in options)]
+            if not {name for name, _ in pairs} <= set(known):
+                raise KeyError
+            return cls(kind, float(value), **{n: _convert(n, given) for n, given in pairs})  # type: ignore[arg-type]
+        except (ValueError, KeyError, OverflowError):
             raise UserError(
-                f"KV budget {text!r}; expected e.g. ratio:0.5, uniform:512, ratio:0.5,scope=image"
+                f"KV budget {text!r}; expected e.g. ratio:0.5, uniform:512, ratio:0.5,scope=image "
+                f"(options: {', '.join(known)})"
             ) from None
+
+    def text(self) -> str:
+        """What ``parse`` reads: kind, value, and the options that are not at their default."""
+        given = [f for f in fields(self)[2:] if getattr(self, f.name) != f.default]
+        options = "".join(f",{f.name}={str(getattr(self, f.name)).lower()}" for f in given)
+        return f"{self.kind}:{self.value:g}{options}"
 
     def entries(self, lengths: Sequence[int]) -> list[int]:
         """Entries each layer keeps, given the prefill length of each layer.
 
-        ``pyramid`` follows PyramidKV as in LightVLM 5, from the longest layer, capped by each.
+        ``ratio`` and ``ada`` keep at least sink + recent + window entries; ``pyramid`` follows PyramidKV as in
+        LightVLM 5, from the longest layer, at least sink + recent, and no layer more than it has.
+
+        Args:
+            lengths: rows that the prefill brought to each layer, first layer first.
+
+        Returns:
+            one number a layer; ``uniform`` may exceed a layer's length (nothing goes until it is reached).
         """
         if self.kind == "uniform":
             return [int(self.value)] * len(lengths)
         floor = self.sink + self.recent + self.window
         if self.kind in ("ratio", "ada"):
             return [min(n, max(floor, round(n * self.value))) for n in lengths]
-        return _pyramid_entries(lengths, self.value, self.window)
+        protected = self.sink + self.recent
+        return [
+            min(length, max(protected, entries))
+            for length, entries in zip(lengths, _pyramid_entries(lengths, self.value, self.window), strict=True)
+        ]
 
 
 def _convert(name: str, text: str) -> Any:
@@ -126,5 +145,5 @@ def _pyramid_entries(lengths: Sequence[int], share: float, window: int, beta: fl
         high = n - window
         low = 2 * (cap - window) - high
     if depth < 2 or not n >= high >= low >= window:
-        return [min(length, max(1, round(length * share))) for length in lengths]
-    return [min(length, round(high - layer * (high - low) / (depth - 1))) for layer, length in enumerate(lengths)]
+        return [max(1, round(length * share)) for length in lengths]
+    return [round(high - layer * (high - low) / (depth - 1)) for layer in range(depth)]
