@@ -115,10 +115,12 @@ class Handle:
 
 
 def _vision_stats(record: VisionRecord, shape: costs.EncoderShape) -> dict[str, float]:
-    rows = list(zip(record.lengths, record.mlp_tokens, record.full, strict=True))
-    macs = sum(shape.block(lengths, mlp) for lengths, mlp, _ in rows)
-    unshortened = record.full_lengths or [record.lengths[0]] * len(rows)
-    plain = sum(shape.block(full, mlp) for full, (_, _, mlp) in zip(unshortened, rows, strict=True))
+    def each(lengths: list[int]) -> list[int]:
+        return lengths * record.images if len(lengths) == 1 else lengths
+
+    unshortened = record.full_lengths or [record.lengths[0]] * len(record.lengths)
+    macs = sum(shape.block(each(n), mlp) for n, mlp in zip(record.lengths, record.mlp_tokens, strict=True))
+    plain = sum(shape.block(each(n), full) for n, full in zip(unshortened, record.full, strict=True))
     found: dict[str, float] = {"tokens/images": record.images, "macs/vision": macs, "macs/vision_plain": plain}
     for block, count in enumerate(record.tokens):
         found[f"tokens/vision_{block:02d}"] = count
