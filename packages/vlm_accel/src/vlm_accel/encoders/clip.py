@@ -49,6 +49,8 @@ class Tower:
         self.prefix = int(hasattr(module.embeddings, "class_embedding"))
         self.call: BatchedCall | None = None
         self.first_span = 0
+        #: follow which token every patch merged into (dense layouts need it)
+        self.follow = False
 
     @staticmethod
     def fits(module: Any) -> bool:
@@ -62,13 +64,8 @@ class Tower:
         assert self.call is not None, "a block ran outside of the encoder's forward"
         return self.call
 
-    def install(self, session: Session, owner: bool = False) -> None:
-        """Start a call at each forward; give the blocks with a step their forward.
-
-        Args:
-            session: with the plan.
-            owner: follow which token every patch merged into (dense layouts need it).
-        """
+    def install(self, session: Session) -> None:
+        """Start a call at each forward; give the blocks with a step their forward."""
 
         def begin(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             check_grad(session)
@@ -79,7 +76,7 @@ class Tower:
             self.call = BatchedCall(
                 session, len(self.blocks), images, grid, self.prefix, pixels.device, self.first_span
             )
-            self.call.state.wants_assign = owner
+            self.call.state.wants_assign = self.follow
 
         session.hook(self.module.register_forward_pre_hook(begin, with_kwargs=True))
         session.on_exit(setattr, self, "call", None)
@@ -115,12 +112,14 @@ class ClipEncoder(EncoderAdapter):
             UserError: a method that works between an encoder and a language model.
         """
         if session.plan.features is not None:
+            name = type(session.plan.features).__name__
             raise UserError(
-                f"{type(session.plan.features).__name__} works between an encoder and a language model, and {self.name} "
-                "alone has none; name a method that works inside the encoder, such as recycle, rank1, tome"
+                f"{name} works between an encoder and a language model, and {self.name} alone has none; name a method "
+                "that works inside the encoder, such as recycle, rank1, tome"
             )
         scatter = session.plan.options.get("layout") == "scatter"
-        self.tower.install(session, owner=scatter)
+        self.tower.follow = scatter
+        self.tower.install(session)
 
         def end(_module: nn.Module, _args: Any, output: Any) -> Any:
             call = self.tower.running()
@@ -154,7 +153,7 @@ class ClipEncoder(EncoderAdapter):
         return output
 
     def _pools_mean(self) -> bool:
-        """Whether the model takes the plain mean of the patches (rows are then weighted so that it is the right one)."""
+        """Whether the model takes the plain mean of the patches; rows are then weighted so that it is the right one."""
         return type(self.model).__name__.endswith("ForImageClassification")
 
 

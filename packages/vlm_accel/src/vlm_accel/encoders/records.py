@@ -14,14 +14,15 @@ if TYPE_CHECKING:
     from vlm_accel.encoders.surgery import BatchedCall
     from vlm_accel.methods.base import Reduced
 
-__all__ = ["joined_step", "maps_of"]
+__all__ = ["joined_step", "maps_of", "one_image", "splice", "vision_steps"]
 
 
 def joined_step(stage: str, layer: int, parts: list[tuple[Tensor, Reduced]]) -> MergeStep:
     """One step of a segment whose images (tiles) lie behind one another.
 
     Args:
-        stage: vision or features. layer: block.
+        stage: vision or features.
+        layer: block.
         parts: for each image its scores (1, n) and what was left (S = 1); n and m may differ between images.
     """
     kept, assign, scores, indptr, indices, data = [], [], [], [np.zeros(1, np.int64)], [], []
@@ -63,6 +64,41 @@ def vision_steps(call: BatchedCall, images: list[int]) -> list[MergeStep]:
         joined_step("vision", step.layer, [(scores[i : i + 1], one_image(reduced, i)) for i in images])
         for step, scores, reduced in call.state.taken
     ]
+
+
+def splice(
+    layer: int, alive: np.ndarray, source: np.ndarray, weight: np.ndarray, row_of: np.ndarray, n_in: int
+) -> MergeStep:
+    """From a segment's survivors to its placeholder rows that stay.
+
+    Args:
+        layer: block whose output the model reads.
+        alive: (P,) bool, placeholder rows that stay.
+        source: (P, k) int64 patches that each row shows.
+        weight: (P, k) their shares, 0 where there is none.
+        row_of: (patches,) int64 survivor that stands for each patch, -1: none.
+        n_in: survivors.
+    """
+    out = np.flatnonzero(alive)
+    rows, shares = row_of[source[out]], weight[out].astype(np.float64)
+    shares = np.where(rows >= 0, shares, 0)
+    best = shares.argmax(1)
+    real = shares.max(1, initial=0) > 0
+    kept = np.where(real, rows[np.arange(len(out)), best], -1).astype(np.int32)
+    at, corner = np.nonzero(shares)
+    entry_row, entry_share = rows[at, corner], shares[at, corner]
+    assign = np.full(n_in, -1, np.int32)
+    order = np.lexsort((-at, entry_share))  # ascending share, the first row last: it wins
+    assign[entry_row[order]] = at[order]
+    csr = None
+    if source.shape[1] > 1:
+        places, inverse = np.unique(at * max(n_in, 1) + entry_row, return_inverse=True)
+        summed = np.bincount(inverse.ravel(), weights=entry_share)
+        total = np.maximum(np.bincount(places // max(n_in, 1), weights=summed, minlength=len(out)), 1e-12)
+        data = (summed / total[places // max(n_in, 1)]).astype(np.float32)
+        indptr = np.searchsorted(places // max(n_in, 1), np.arange(len(out) + 1)).astype(np.int64)
+        csr = (indptr, (places % max(n_in, 1)).astype(np.int32), data)
+    return MergeStep("splice", layer, n_in, len(out), kept, assign, csr, None)
 
 
 def one_image(reduced: Reduced, image: int) -> Reduced:

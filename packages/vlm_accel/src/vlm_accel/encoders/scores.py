@@ -49,13 +49,12 @@ def logits(query: Tensor, key: Tensor, scaling: float, bias: Tensor | None = Non
     groups = key.shape[1]
     query = query.reshape(s * groups, heads // groups * rows, dim)
     key = key.reshape(s * groups, -1, dim).transpose(1, 2)
-    if query.dtype in (torch.float16, torch.bfloat16):
-        if query.is_cuda:
-            out = torch.bmm(query, key, out_dtype=torch.float32)
-        else:
-            out = torch.bmm(query.float(), key.float())
-    else:
+    if query.dtype not in (torch.float16, torch.bfloat16):
         out = torch.bmm(query, key)
+    elif query.is_cuda:
+        out = torch.bmm(query, key, out_dtype=torch.float32)
+    else:
+        out = torch.bmm(query.float(), key.float())
     out = out.mul_(scaling).view(s, heads, rows, -1)
     if bias is None:
         return out
@@ -74,7 +73,10 @@ def attention_map(
     """Attention that each row gets, head by head: mean over all queries of the softmax over all keys.
 
     Args:
-        query, key, scaling, bias: as in ``logits``.
+        query: as in ``logits``.
+        key: likewise.
+        scaling: likewise.
+        bias: likewise.
         rows: (S, q) bool, queries that count; None: all.
         chunk: queries at once.
 
@@ -115,8 +117,8 @@ def importance(
         key: (S, K, n, d) likewise.
         scaling: of the logits.
         kind: ``received``: mean over heads and queries (prefix included) of the attention a row gets; ``cls``: mean
-            over heads of the attention of the class row, ``received`` where there is none (iLLaVA 5); ``lse``: mean over
-            heads of the log-sum-exp of a row's own logits, a property of the row as a query (parity runs only).
+            over heads of the attention of the class row, ``received`` where there is none (iLLaVA 5); ``lse``: mean
+            over heads of the log-sum-exp of a row's own logits, a property of the row as a query (parity runs only).
         key_bias: (S, n - prefix) added to the logits of the patches' keys (ToMe).
         prefix: rows in front of the patches: they count as queries and keys, and get no score.
         cls_row: row of the class token; None: there is none.

@@ -85,7 +85,7 @@ class BatchedCall:
     """One encoder call over S images of one size; x is (S, prefix + n, D).
 
     Args:
-        session: the acceleration. depth: blocks. images: S. grid: (height, width) of the patches. prefix: rows in front.
+        session: the acceleration. depth: blocks. images: S. grid: (height, width) in patches. prefix: rows in front.
         first_span: number of the first image among all of this model call.
     """
 
@@ -107,6 +107,8 @@ class BatchedCall:
         self.trail: list[tuple[int, int, Tensor, int]] = []
         self.owner: Tensor | None = None
         self.owned = True
+        #: (S, m) scores that the patches left had at the last step
+        self.score: Tensor | None = None
 
     def merge(self, step: Step, rows: Tensor, seen: Seen | None) -> Tensor | None:
         """Take one step on all rows; None where nothing changes."""
@@ -119,6 +121,8 @@ class BatchedCall:
         if patches is None:
             return None
         self.trail.append((step.layer, before, index, state.cells))
+        assert state.last is not None
+        self.score = None if seen.scores is None else seen.scores.gather(1, state.last)
         self._follow()
         return torch.cat((rows[:, :prefix], patches), 1) if prefix else patches
 
@@ -181,7 +185,8 @@ def install_steps(
         blocks: of the encoder, in order.
         parts: of a block.
         call: the call that is running.
-        prefix: rows in front of the patches. cls_row: row of the class token; None: none.
+        prefix: rows in front of the patches.
+        cls_row: row of the class token; None: none.
     """
     method = session.plan.vision
     if method is None:
