@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from vlm_accel.methods.base import FeatureMethod, Reduced
     from vlm_accel.session import Session
 
-__all__ = ["CellAttention", "cell_order", "chosen", "features_of", "merge_map", "spread", "write_rows"]
+__all__ = ["CellAttention", "asked_blocks", "cell_order", "chosen", "features_of", "merge_map", "spread", "write_rows"]
 
 
 def cell_order(height: int, width: int, side: int, device: torch.device | None = None) -> Tensor:
@@ -43,6 +43,11 @@ def cell_order(height: int, width: int, side: int, device: torch.device | None =
     """
     raster = torch.arange(height * width, device=device)
     return raster.view(height // side, side, width // side, side).transpose(1, 2).reshape(-1)
+
+
+def asked_blocks(method: FeatureMethod | None, depth: int, used: int) -> set[int]:
+    """Blocks whose attention a method after the encoder wants, of ``depth``; the model reads block ``used`` - 1."""
+    return set() if method is None else {min(max(block, 0), depth - 1) for block in method.blocks(depth, used - 1)}
 
 
 def spread(x: Tensor, index: Tensor, rows: int) -> Tensor:
@@ -119,11 +124,12 @@ def features_of(
             continue
         features.keys[block] = _side_by_side(seen.key, group)
         features.queries[block] = _side_by_side(seen.query, group)
+        # a cell is `group` times as wide: by this its logit is the mean of its patches' logits
         if seen.cls_query is not None and seen.cls_key is not None:
-            features.cls_query[block] = seen.cls_query.repeat(1, 1, group)
+            features.cls_query[block] = seen.cls_query.repeat(1, 1, group) / group**0.5
             features.cls_key[block] = seen.cls_key.repeat(1, 1, group)
         else:
-            features.cls_query[block] = features.queries[block].mean(1)
+            features.cls_query[block] = features.queries[block].mean(1) / group**0.5
     return features
 
 

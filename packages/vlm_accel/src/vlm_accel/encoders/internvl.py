@@ -34,7 +34,7 @@ class InternVLEncoder(TiledEncoder):
         self.tower = self.inner.vision_tower
         self.projector = self.inner.multi_modal_projector
         config = self.inner.config
-        self.blocks = list(self.tower.encoder.layer)  # type: ignore[union-attr]
+        self.blocks = list(self.inner.vision_tower.encoder.layer)
         layer = config.vision_feature_layer
         if not isinstance(layer, int):
             raise UserError(f"InternVL with vision_feature_layer={layer}: one layer is supported, such as -1")

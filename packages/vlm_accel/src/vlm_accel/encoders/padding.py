@@ -61,7 +61,7 @@ class ValidFirst:
         n = tokens.x.shape[1]
         order = (~self.valid[tiles]).sort(stable=True, dim=1).indices  # valid rows first, each kind in its order
         real, stay = order[:, :count], order[:, count : count + max(0, keep - count)]
-        mine = {
+        mine: dict[str, Any] = {
             field.name: _rows(value[tiles], real)
             for field in dataclasses.fields(tokens)
             if field.name not in ("grid", "span") and torch.is_tensor(value := getattr(tokens, field.name))

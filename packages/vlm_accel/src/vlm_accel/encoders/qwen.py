@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlm_accel.encoders.base import EncoderAdapter
-from vlm_accel.encoders.cells import CellAttention, chosen, features_of, merge_map, write_rows
+from vlm_accel.encoders.cells import CellAttention, asked_blocks, chosen, features_of, merge_map, write_rows
 from vlm_accel.encoders.packed import Group, PackedCall, Windows
 from vlm_accel.encoders.scores import Seen, Watch, attention_map, watch
 from vlm_accel.encoders.surgery import Parts, check_grad, split
@@ -46,7 +46,7 @@ class Qwen2VLEncoder(EncoderAdapter):
         self.inner: Any = getattr(model, "model", model)
         self.visual: Any = self.inner.visual
         config = self.visual.config
-        self.blocks = list(self.visual.blocks)
+        self.blocks: list[Any] = list(self.visual.blocks)
         self.used = len(self.blocks)
         self.width = getattr(config, "embed_dim", None) or config.hidden_size
         self.heads = config.num_heads
@@ -89,7 +89,7 @@ class Qwen2VLEncoder(EncoderAdapter):
         plan = session.plan
         steps = {step.layer: step for step in plan.vision_steps}
         first = min(steps, default=self.used)
-        wanted = set() if plan.features is None else _blocks(plan.features.blocks(self.used, self.used - 1), self.used)
+        wanted = asked_blocks(plan.features, self.used, self.used)
         for layer, block in enumerate(self.blocks):
             session.hook(block.register_forward_pre_hook(partial(self._enter, layer), with_kwargs=True))
             looks = []
@@ -339,7 +339,3 @@ class Qwen3VLEncoder(Qwen2VLEncoder):
 
 def _parts(block: Any) -> Parts:
     return Parts(block.norm1, block.attn, block.attn, block.norm2, block.mlp)
-
-
-def _blocks(asked: tuple[int, ...], depth: int) -> set[int]:
-    return {min(max(block, 0), depth - 1) for block in asked}

@@ -25,7 +25,7 @@ class SmolVLMEncoder(TiledEncoder):
         self.inner = getattr(model, "model", model)
         self.tower = self.inner.vision_model
         self.projector = self.inner.connector.modality_projection
-        self.blocks = list(self.tower.encoder.layers)  # type: ignore[union-attr]
+        self.blocks = list(self.inner.vision_model.encoder.layers)
         self.used = len(self.blocks)
         vision = self.inner.config.vision_config
         self.width, self.heads, self.mlp = vision.hidden_size, vision.num_attention_heads, vision.intermediate_size

@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlm_accel.encoders.base import EncoderAdapter, VisionState
-from vlm_accel.encoders.cells import CellAttention, cell_order, chosen, features_of, merge_map, spread, write_rows
+from vlm_accel.encoders.cells import (
+    CellAttention,
+    asked_blocks,
+    cell_order,
+    chosen,
+    features_of,
+    merge_map,
+    spread,
+    write_rows,
+)
 from vlm_accel.encoders.padding import ValidFirst
 from vlm_accel.encoders.scores import Seen, Watch, watch
 from vlm_accel.encoders.surgery import Parts, check_grad, split
@@ -158,19 +167,16 @@ class TiledEncoder(EncoderAdapter):
         plan = session.plan
         if not plan.vision_steps and plan.features is None:
             return
-        self._session, self._valid = session, None
+        self._session = session
+        self._valid: Tensor | None = None
         self._waiting: tuple[TiledCall, dict[int, Reduced]] | None = None
         self._runs: list[int] | None = None
         self._watches: dict[int, list[Watch]] = {}
         session.on_exit(self._forget)
         session.hook(self.tower.register_forward_pre_hook(self._begin, with_kwargs=True))
         steps = {step.layer: step for step in plan.vision_steps}
-        first, depth = min(steps, default=self.used), self.used
-        wanted = (
-            set()
-            if plan.features is None
-            else {min(max(b, 0), depth - 1) for b in plan.features.blocks(depth, depth - 1)}
-        )
+        first = min(steps, default=self.used)
+        wanted = asked_blocks(plan.features, len(self.blocks), self.used)
         cls_row = 0 if self.num_prefix_tokens else None
         for layer, block in enumerate(self.blocks):
             session.hook(block.register_forward_pre_hook(partial(self._enter, layer), with_kwargs=True))
@@ -349,7 +355,8 @@ def _runs(rows: list[list[bool]]) -> list[list[int]]:
     """Lengths of the unbroken runs of True of each row."""
     found = []
     for row in rows:
-        lengths, before = [], False
+        lengths: list[int] = []
+        before = False
         for one in row:
             if one and before:
                 lengths[-1] += 1
