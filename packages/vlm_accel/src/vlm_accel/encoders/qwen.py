@@ -15,7 +15,7 @@ what follows (order of windows restored, split by image, counts checked) is the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -111,6 +111,7 @@ class Qwen2VLEncoder(EncoderAdapter):
     def _named(self, original: Callable[..., Any], kind: str) -> Callable[..., Any]:
         """Remember what is encoded: Qwen3-VL's videos go through ``get_image_features``, so the outer one counts."""
 
+        @wraps(original)  # generate() reads its signature
         def features(*args: Any, **kwargs: Any) -> Any:
             before = self.kind
             self.kind = before or kind
