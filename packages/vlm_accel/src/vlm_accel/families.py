@@ -57,6 +57,9 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
+_TIMM = ("VisionTransformer", "Eva")
+
+
 def family_of(model: nn.Module) -> Family:
     """The family of ``model``.
 
@@ -81,6 +84,9 @@ def model_type(model: Any) -> str:
     if isinstance(kind, str):
         return kind
     cls = type(model)
+    if cls.__module__.startswith("timm."):
+        # distilled and other variants are subclasses of the plain transformer, which refuses what it cannot do
+        return next((base.__name__ for base in cls.__mro__ if base.__name__ in _TIMM), cls.__name__)
     if cls.__module__.startswith("open_clip") and cls.__name__ != "TimmModel":
         return f"open_clip.{'CLIP' if cls.__name__ in ('CLIP', 'CustomTextCLIP') else cls.__name__}"
     return cls.__name__
