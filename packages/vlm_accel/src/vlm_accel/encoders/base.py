@@ -124,7 +124,8 @@ class VisionState:
         sizes = self.sizes if self.sizes is not None else torch.ones(s, self.cells, device=x.device)
         tokens = Tokens(
             x=x, stage="vision", layer=step.layer, scores=scores, sizes=sizes, index=self.index, grid=self._cell_grid(),
-            keys=keys, queries=queries, seed=self.session.seed, span=self.span, trace=self.session.trace or self.wants_assign,
+            keys=keys, queries=queries, seed=self.session.seed, span=self.span, prefix=self.prefix,
+            trace=self.session.trace or self.wants_assign,
         )  # fmt: skip
         reduced = method.reduce(tokens, keep)
         self.index = self.index.gather(1, reduced.kept)
