@@ -88,7 +88,7 @@ class Pyramid:
     Args:
         target, layers, meaning, ratios: as in ``pyramid``.
         of: depth for which ``layers`` were published; they move to the same share of the model's depth (at least 1,
-            ascending). None: ``layers`` are taken as they are.
+            ascending, not before ``first`` of ``steps``). None: ``layers`` are taken as they are.
         truncate: steps keep ``int(N * ratio)``.
     """
 
@@ -102,7 +102,7 @@ class Pyramid:
     def steps(self, depth: int, first: int = 1) -> list[Step]:
         """The steps for a decoder of ``depth`` layers, default ones not before layer ``first`` (LightVLM 3.2)."""
         layers = self.layers or tuple(dict.fromkeys(max(first, k) for k in (2, depth // 3, 2 * depth // 3)))
-        layers = tuple(sorted(layers)) if self.of is None else _scaled(sorted(layers), self.of, depth)
+        layers = tuple(sorted(layers)) if self.of is None else _scaled(sorted(layers), self.of, depth, first)
         if layers[-1] >= depth:
             raise UserError(f"pyramid: layer {layers[-1]} is beyond the model's {depth} layers; give layers below it")
         if self.ratios is not None:
@@ -251,11 +251,11 @@ def counts_per_layer(steps: Sequence[Step], tokens: int, depth: int, group: int 
     return counts
 
 
-def _scaled(layers: Sequence[int], of: int, depth: int) -> tuple[int, ...]:
-    """``layers`` of a model of ``of`` layers at the same share of ``depth``, each after the one before."""
+def _scaled(layers: Sequence[int], of: int, depth: int, first: int) -> tuple[int, ...]:
+    """``layers`` of ``of`` at the same share of ``depth``, each after the one before, none before ``first``."""
     moved: list[int] = []
     for layer in layers:
-        moved.append(max(round(layer * depth / of), moved[-1] + 1 if moved else 1))
+        moved.append(max(round(layer * depth / of), moved[-1] + 1 if moved else first))
     return tuple(moved)
 
 
