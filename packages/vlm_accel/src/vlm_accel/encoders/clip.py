@@ -45,7 +45,7 @@ class Tower:
             module = module.vision_model
         self.module = module
         self.config = module.config
-        self.blocks: nn.ModuleList = module.encoder.layers
+        self.blocks: list[nn.Module] = list(module.encoder.layers)
         self.prefix = int(hasattr(module.embeddings, "class_embedding"))
         self.call: BatchedCall | None = None
         self.first_span = 0

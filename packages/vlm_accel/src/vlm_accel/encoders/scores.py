@@ -247,7 +247,7 @@ class Watch:
         return seen
 
 
-def watch(session: Session, attention: nn.Module, wanted: Watch) -> None:
+def watch(session: Session, attention: Any, wanted: Watch) -> None:
     """Show queries and keys of ``attention`` to ``wanted`` at each of its calls, until the acceleration ends.
 
     Args:
@@ -318,7 +318,7 @@ def _kernel(module: nn.Module, name: str) -> Any:
 
 
 def _watched_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """The model's kernel, then a look at queries and keys."""
     holder: _Holder = module.__dict__[_HOLDER]
