@@ -234,7 +234,7 @@ def decode(options: Options) -> list[Row]:
 
 
 def gpu(options: Options) -> list[Row]:
-    """Sizes of Qwen2.5-VL-7B in bfloat16, random weights: prefill at 1088 and 3392 tokens, decoding at large batches."""
+    """Sizes of Qwen2.5-VL-7B in bfloat16, random weights: prefill of 1088 and 3428 tokens, decoding in large batches."""
     import torch
     from vlm_accel import accelerate, pyramid
 
