@@ -38,7 +38,8 @@ def joined_step(stage: str, layer: int, parts: list[tuple[Tensor, Reduced]]) -> 
             at, column = np.nonzero(weight)
             indices.append((column + rows).astype(np.int32))
             data.append(weight[at, column].astype(np.float32))
-            indptr.append(np.cumsum(np.bincount(at, minlength=m)) + indptr[-1][-1])
+            # a tile of which nothing is left (HiRED) adds no row
+            indptr.append(np.cumsum(np.bincount(at, minlength=m))[:m] + sum(map(len, data[:-1])))
         rows, left = rows + n, left + m
     weights = None
     if indices and len(indices) == len(parts):
