@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from polymodal.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -218,16 +219,28 @@ def spread(small: Packing, large: Packing, side: Sequence[int], full: Sequence[i
         side: (height, width) of a tile in the small one.
         full: (height, width) of a tile in the large one.
 
+    Where rounding gives the smaller grid more lines or columns than the full one (slivers of pictures), its rows are
+    spread evenly over those of the full grid.
+
     Returns:
         (P_small,) int64, ascending.
+
+    Raises:
+        UserError: more rows than there are.
     """
     first = int(large.base.sum())
     (lines, columns), (height, width) = small.size, large.size
-    target = np.zeros(small.rows, np.int64)
-    down = (small.line + 0.5) * height // max(lines, 1)
-    across = np.where(small.newline, width, (small.column + 0.5) * width // max(columns, 1))
-    target[:] = first + down * (width + bool(large.newline.any())) + across
     y, x = np.divmod(small.column, side[1])
     within = (y + 0.5) * full[0] // side[0] * full[1] + (x + 0.5) * full[1] // side[1]
-    target[small.base] = within[small.base]
+    target = np.where(small.base, within, 0).astype(np.int64)
+    rest = ~small.base
+    count, room = int(rest.sum()), large.rows - first
+    if count > room:
+        raise UserError("a picture is too narrow for layout='pseudo_grid'; use layout='scatter'")
+    if lines and lines <= height and columns <= width:
+        down = (small.line + 0.5) * height // lines
+        across = np.where(small.newline, width, (small.column + 0.5) * width // columns)
+        target[rest] = (first + down * (width + bool(large.newline.any())) + across)[rest]
+    else:
+        target[rest] = first + (np.arange(count) + 0.5) * room // max(count, 1)
     return target

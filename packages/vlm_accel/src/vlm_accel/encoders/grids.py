@@ -117,7 +117,16 @@ class Grids:
         view = self._view(picture, side)
         if picture.kind == "frame":
             return cls.apply_pooling(view, features)[0]
-        made = cls.pack_image_features(view, [features], [picture.size], image_newline=newline, **dict(picture.options))
+        try:
+            made = cls.pack_image_features(
+                view, [features], [picture.size], image_newline=newline, **dict(picture.options)
+            )
+        except RuntimeError as error:
+            height, width = picture.size
+            raise UserError(
+                f"a picture of {height} x {width} pixels cannot be packed with {side[0]} x {side[1]} patches a tile "
+                f"({str(error).splitlines()[0]}); keep more patches, or use layout='scatter'"
+            ) from None
         packed: Tensor = made[0][0]
         return packed
 
@@ -143,10 +152,13 @@ class Grids:
         total = full.size[0] * full.size[1]
         patches = side[0] * side[1]
         counted = counts[1:] if len(counts) > 1 else counts
-        if all(count == counted[0] for count in counted) and math.isqrt(counted[0]) ** 2 == counted[0] > 0:
-            root = math.isqrt(counted[0])
-            small = self.packing(picture, (root, root)).size
-            return min(total, small[0] * small[1])
+        root = math.isqrt(counted[0])
+        if all(count == counted[0] for count in counted) and root * root == counted[0] > 0:
+            try:
+                small = self.packing(picture, (root, root)).size
+                return min(total, max(1, small[0] * small[1]))
+            except UserError:  # the grid would be pooled to nothing: as if it were no square
+                pass
         share = math.sqrt(sum(counted) / (patches * len(counted)))
         if picture.kind == "frame":
             sides = [math.ceil(round(length * share / 2, 6)) for length in side]
