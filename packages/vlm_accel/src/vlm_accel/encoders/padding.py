@@ -52,7 +52,7 @@ class ValidFirst:
                 continue
             joined[name] = given[0].new_empty(s, *given[0].shape[1:])
             for (tiles, _), one in zip(parts, given, strict=True):
-                joined[name][tiles] = one
+                joined[name][tiles] = one.to(given[0].dtype)
         self.valid = self.valid.gather(1, joined["kept"])
         return Reduced(**joined)
 
@@ -90,9 +90,8 @@ class ValidFirst:
             went = torch.where(reduced.assign < 0, -1, rank.gather(1, reduced.assign.clamp(min=0)))
             found.assign = torch.full((len(tiles), n), -1, device=kept.device).scatter(1, real, went)
             found.assign = found.assign.scatter(1, stay, rank[:, m:])
-            weight = reduced.weight
-            if weight is None:
-                weight = torch.nn.functional.one_hot(reduced.kept, count).float()
+            weight = torch.nn.functional.one_hot(reduced.kept, count) if reduced.weight is None else reduced.weight
+            weight = weight.float()
             full = weight.new_zeros(len(tiles), kept.shape[1], n)
             full[:, :m].scatter_(2, real[:, None].expand(-1, m, -1), weight)
             full[:, m:].scatter_(2, stay[..., None], 1.0)
