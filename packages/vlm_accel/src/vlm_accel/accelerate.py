@@ -126,14 +126,16 @@ def _plan(
             raise UserError("give schedule or ratio, not both")
         schedule, parts = _from_ratio(ratio, family, parts)
     stages = {stage: _last(parts, stage) for stage in ("vision", "features", "llm", "cache")}
-    if schedule is None:
-        schedule = [step for part in parts for step in part.schedule()]
     if isinstance(kv, str):
         kv = KVBudget.parse(kv)
     if kv is None:
         kv = next((budget for part in reversed(parts) if (budget := part.kv()) is not None), None)
     elif stages["cache"] is None:
         stages["cache"] = table.create("lightvlm")
+    if schedule is None:
+        # A language model has no image tokens: what a method would do with them is left out, its cache rule stays.
+        cache_only = family.decoder and family.encoder is None and kv is not None
+        schedule = [] if cache_only else [step for part in parts for step in part.schedule()]
     depth = _decoder_depth(model) if family.decoder else 0
     used = encoder.used if encoder is not None else 0
     allowed = encoder.allowed if encoder is not None else None
