@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from vlm_accel.methods.base import CacheMethod
     from vlm_accel.session import Session
 
-__all__ = ["Evictor", "LayerNote", "install_eviction", "kept_entries"]
+__all__ = ["Evictor", "LayerNote", "evictable", "install_eviction", "kept_entries"]
 
 #: key of a layer's note in ``TrackedLayer.state``
 NOTE = "eviction"
@@ -146,10 +146,10 @@ class Evictor:
             raise UserError("AdaKV masks entries head by head, which FlashAttention cannot; load the model with SDPA")
         self.depth = len(decoder.layers)
         self.windows = [_window_of(decoder.config, number) for number in range(self.depth)]
-        full = [number for number, window in enumerate(self.windows) if window is None]
-        self.numbers = full or list(range(self.depth))
-        if full and len(full) < self.depth:
-            session.notes.append(f"KV budget: {self.depth - len(full)} layers with a sliding window keep all entries")
+        self.numbers = evictable(decoder)
+        if len(self.numbers) < self.depth:
+            left = self.depth - len(self.numbers)
+            session.notes.append(f"KV budget: {left} layers with a sliding window keep what they hold")
         wanted = max(self.budget.window, int(getattr(self.method, "window", 1)))
         self.width = max(wanted, self.budget.interval) if self.method.observes else wanted
 
@@ -234,14 +234,14 @@ class Evictor:
         if self.method.needs_queries:
             rope = call.kwargs.get("position_embeddings")
             note.ring.push(Part(call.hidden, rope, layer.logical - 1))
-        if layer.physical >= note.room:
-            note.room += _SPARE
-            layer.reserve(note.room)
         over = note.visible - self._least(note)
         if not self.method.once and over >= (1 if self.method.every_step else self.budget.interval):
             self._evict(call, prefill=False)
         elif self.method.observes and note.unseen >= self.width:
             self._observe(call, note.ring.last(note.unseen))
+        if layer.physical >= note.room:
+            note.room += _SPARE
+            layer.reserve(note.room)
 
     def _entries(self, call: _Call) -> int:
         """How many entries this layer keeps, from the rows that prefills brought to it and to the first layer.
@@ -301,8 +301,7 @@ class Evictor:
     def _view(self, call: _Call, prefill: bool) -> CacheView:
         """The layer as the method sees it."""
         layer, note = call.layer, call.note
-        assert layer.keys is not None
-        assert layer.values is not None
+        keys, values = layer.stored()
         valid = layer.per_head(layer.valid)
         if note.masked is not None:
             valid = valid & ~torch.nn.functional.pad(note.masked, (0, valid.shape[-1] - note.masked.shape[-1]))
@@ -316,7 +315,7 @@ class Evictor:
             hidden = part.hidden
             kwargs["position_embeddings"] = part.rope
         return CacheView(
-            layer=call.number, depth=self.depth, keys=layer.keys, values=layer.values,
+            layer=call.number, depth=self.depth, keys=keys, values=values,
             queries=self._queries(call, part), query_index=None if part is None else part.positions(),
             valid=valid, index=layer.per_head_index(), image=layer.per_head(layer.image),
             scaling=_scaling(call.module), softcap=getattr(call.module, "attn_logit_softcapping", None),
@@ -342,6 +341,12 @@ class Evictor:
                 replace(view, queries=self._queries(call, some), query_index=some.positions(), hidden=some.hidden)
             )
         call.note.unseen = 0
+
+
+def evictable(decoder: Decoder) -> list[int]:
+    """Layers whose entries may go: those without a sliding window; all where each has one."""
+    every = list(range(len(decoder.layers)))
+    return [number for number in every if _window_of(decoder.config, number) is None] or every
 
 
 def kept_entries(layer: TrackedLayer) -> int:
