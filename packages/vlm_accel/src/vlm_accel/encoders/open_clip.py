@@ -60,7 +60,7 @@ class OpenClipEncoder(PlainEncoder):
         self.visual = visual
         self.blocks = list(transformer.resblocks)
         self.used = len(self.blocks)
-        block = self.blocks[0]
+        block: Any = self.blocks[0]
         self.width = int(transformer.width)
         self.heads = int(block.attn.num_heads)
         self.mlp = int(block.mlp.c_fc.out_features)

@@ -80,9 +80,10 @@ class Call:
         self.taken: dict[int, tuple[Tensor, Tensor | None]] = {}
         self.rotary: tuple[Tensor, Tensor, Tensor] | None = None
         rows = patches + prefix
+        every = [rows * images] * depth
         self.record = VisionRecord(
-            images, [rows * images] * depth, [rows * images] * depth, [rows * images] * depth,
-            [[rows] for _ in range(depth)], [patches] * images,
+            images, tokens=every.copy(), mlp_tokens=every.copy(), full=every, lengths=[[rows] for _ in every],
+            left=[patches] * images,
         )  # fmt: skip
         session.vision.append(self.record)
         self.maps: list[MergeMap] = []

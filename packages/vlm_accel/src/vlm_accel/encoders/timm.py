@@ -39,7 +39,7 @@ class TimmEncoder(PlainEncoder):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        trunk = getattr(model, "trunk", model)
+        trunk: Any = getattr(model, "trunk", model)
         self.trunk = trunk
         self.name = f"timm {type(trunk).__name__}"
         self._check(trunk)
@@ -48,7 +48,7 @@ class TimmEncoder(PlainEncoder):
         self.width = int(trunk.embed_dim)
         self.num_prefix_tokens = int(trunk.num_prefix_tokens)
         self.has_cls = getattr(trunk, "cls_token", None) is not None
-        block = self.blocks[0]
+        block: Any = self.blocks[0]
         attention = getattr(block, "attn", block)
         self.heads = int(attention.num_heads)
         self.mlp, self.gated = _mlp_size(block)
