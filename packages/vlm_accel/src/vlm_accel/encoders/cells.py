@@ -29,7 +29,17 @@ if TYPE_CHECKING:
     from vlm_accel.methods.base import FeatureMethod, Reduced
     from vlm_accel.session import Session
 
-__all__ = ["CellAttention", "asked_blocks", "cell_order", "chosen", "features_of", "merge_map", "spread", "write_rows"]
+__all__ = [
+    "CellAttention",
+    "asked_blocks",
+    "cell_order",
+    "chosen",
+    "features_of",
+    "merge_map",
+    "pend",
+    "spread",
+    "write_rows",
+]
 
 
 def cell_order(height: int, width: int, side: int, device: torch.device | None = None) -> Tensor:
@@ -170,6 +180,13 @@ def write_rows(session: Session, kind: str, rows: Tensor | None, segments: Seque
         session.image_rows[kind] = rows
     if segments:
         session.segments[kind] = list(segments)
+
+
+def pend(session: Session, before: Sequence[MergeMap], maps: list[MergeMap]) -> list[MergeMap]:
+    """Hand maps to the next prefill, in place of those of an earlier call that no prefill took; returns ``maps``."""
+    stale = {id(one) for one in before}
+    session.pending[:] = [one for one in session.pending if id(one) not in stale] + maps
+    return maps
 
 
 def merge_map(

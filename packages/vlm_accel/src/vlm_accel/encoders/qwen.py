@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlm_accel.encoders.base import EncoderAdapter
-from vlm_accel.encoders.cells import CellAttention, asked_blocks, chosen, features_of, merge_map, write_rows
+from vlm_accel.encoders.cells import CellAttention, asked_blocks, chosen, features_of, merge_map, pend, write_rows
 from vlm_accel.encoders.packed import Group, PackedCall, Windows
 from vlm_accel.encoders.scores import Seen, Watch, attention_map, watch
 from vlm_accel.encoders.surgery import Parts, check_grad, split
@@ -29,6 +29,7 @@ from vlm_accel.encoders.surgery import Parts, check_grad, split
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from vlm_accel.merge_map import MergeMap
     from vlm_accel.methods.base import Reduced
     from vlm_accel.schedule import Step
     from vlm_accel.session import Session
@@ -58,6 +59,7 @@ class Qwen2VLEncoder(EncoderAdapter):
         #: per block that a method after the encoder asks for: its attention, and the rows that entered it
         self._looks: dict[int, list[Seen]] = {}
         self._before: dict[int, Tensor | None] = {}
+        self._pending: dict[str, list[MergeMap]] = {}
 
     # ---- to be told apart by family
 
@@ -124,7 +126,7 @@ class Qwen2VLEncoder(EncoderAdapter):
 
     def _forget(self) -> None:
         self.call = None
-        self._watches, self._looks, self._before = {}, {}, {}
+        self._watches, self._looks, self._before, self._pending = {}, {}, {}, {}
 
     def _begin(self, visual: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         session = self._session
@@ -225,7 +227,7 @@ class Qwen2VLEncoder(EncoderAdapter):
                 output.deepstack_features[number] = tap.masked_fill(~left[:, None], 0)
         write_rows(session, kind, left, segments)
         if session.trace:
-            session.pending += self._maps(call, answers)
+            self._pending[kind] = pend(session, self._pending.get(kind, []), self._maps(call, answers))
         call.record.left = list(call.lengths)
         for number, answer in answers.items():
             call.record.left[number] = answer.kept.shape[1] * self.group
@@ -292,7 +294,7 @@ class Qwen2VLEncoder(EncoderAdapter):
             query[:, flat].unflatten(1, rows.shape).transpose(0, 1),
         )
 
-    def _maps(self, call: PackedCall, answers: dict[int, Reduced]) -> list[Any]:
+    def _maps(self, call: PackedCall, answers: dict[int, Reduced]) -> list[MergeMap]:
         made = {}
         for group in call.groups:
             for row, number in enumerate(group.members):

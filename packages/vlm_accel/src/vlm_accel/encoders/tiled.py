@@ -22,6 +22,7 @@ from vlm_accel.encoders.cells import (
     chosen,
     features_of,
     merge_map,
+    pend,
     spread,
     write_rows,
 )
@@ -33,6 +34,7 @@ from vlm_accel.session import VisionRecord
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from vlm_accel.merge_map import MergeMap
     from vlm_accel.methods.base import Reduced
     from vlm_accel.schedule import Step
     from vlm_accel.session import Session
@@ -171,6 +173,7 @@ class TiledEncoder(EncoderAdapter):
         self._valid: Tensor | None = None
         self._waiting: tuple[TiledCall, dict[int, Reduced]] | None = None
         self._runs: list[int] | None = None
+        self._pending: list[MergeMap] = []
         self._watches: dict[int, list[Watch]] = {}
         session.on_exit(self._forget)
         session.hook(self.tower.register_forward_pre_hook(self._begin, with_kwargs=True))
@@ -206,7 +209,7 @@ class TiledEncoder(EncoderAdapter):
 
     def _forget(self) -> None:
         self.call = self._valid = self._waiting = self._runs = None
-        self._watches = {}
+        self._watches, self._pending = {}, []
 
     def _begin(self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         check_grad(self._session)
@@ -320,16 +323,19 @@ class TiledEncoder(EncoderAdapter):
             runs = [run // cells for run in self._runs]
             if not runs or call.tiles != sum(runs):
                 runs = [1] * call.tiles
-        first = 0
+        first, maps = 0, []
         for count in runs:
             tiles = [(call.state, tile, answers.get(tile)) for tile in range(first, first + count)]
             grid = (count, *call.grid)
-            self._session.pending.append(merge_map(grid, call.prefix, self.group, tiles, self.used - 1))
+            maps.append(merge_map(grid, call.prefix, self.group, tiles, self.used - 1))
             first += count
+        self._pending = pend(self._session, self._pending, maps)
 
     def _look_at_prompt(self, inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the runs of image placeholders, for maps; ``generate`` encodes images before, ``forward`` after this."""
-        if self._waiting is None and kwargs.get("pixel_values") is None:
+        if kwargs.get("pixel_values") is not None:
+            self._waiting = None  # this call encodes anew
+        elif self._waiting is None:
             return
         mark = self.inner.config.image_token_id
         ids = kwargs.get("input_ids", args[0] if args else None)
