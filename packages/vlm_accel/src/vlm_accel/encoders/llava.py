@@ -278,6 +278,7 @@ class LlavaEncoder(EncoderAdapter):
         if self.tower is None or current.left is None:
             return
         call = self._call()
+        session.vision[-1].left = list(current.left.counts)
         session.segments[kind] = self.grids.segments(current, call)
         whole = current.left.even and current.left.counts[0] == call.patches
         if whole:
