@@ -21,7 +21,7 @@ NAMES = {
     "packages/css": ("polymodal-css", "css"),
     "packages/missing_modal": ("polymodal-missing-modal", "missing_modal"),
 }
-HERE = {"shared", "packages/slt", "packages/css", "packages/fedcore"}
+HERE = {"shared", "packages/slt", "packages/css", "packages/fedcore", "packages/vlm_accel"}
 
 
 @pytest.mark.parametrize("folder", NAMES)
@@ -69,6 +69,11 @@ PROMISED = {
     ("css", "segmentation_report"): ["confusion", "base_classes", "later_classes"],
     ("fedcore.lora", "qr_init"): ["weight", "rank", "scaling", "rms"],
     ("fedcore.lora", "aggregate_concat_qr"): ["factors", "weights", "target_ranks", "decomposition", "thin"],
+    ("vlm_accel", "accelerate"): ["model", "method", "schedule", "ratio", "kv", "trace"],
+    ("vlm_accel", "resolve"): ["schedule", "tokens", "group"],
+    ("vlm_accel.ops", "rank1"): ["x", "scores", "keep"],
+    ("vlm_accel.ops", "recycle"): ["x", "scores", "keep"],
+    ("vlm_accel.ops", "assign"): ["x", "scores", "keep", "sizes"],
     ("fedcore.privacy", "epsilon"): ["sampling_rate", "noise_multiplier", "rounds", "delta", "accountant"],
 }
 

@@ -22,7 +22,8 @@ BLOCK = re.compile(r"^```(\w+)( no-run)?\n(.*?)^```", re.M | re.S)
 SLT = ("slt-train", "slt-eval", "slt-translate", "slt-data")
 CSS = ("css-train", "css-eval", "css-predict", "css-data")
 FED = ("fed-train", "fed-compare", "fed-data", "fed-landscape", "fed-privacy")
-PROGRAMS = (*SLT, *CSS, *FED, "polymodal")
+VLM = ("vlm-bench", "vlm-generate", "vlm-show")
+PROGRAMS = (*SLT, *CSS, *FED, *VLM, "polymodal")
 SHORT = ("--fusion", "--epochs", "--model", "--rounds", "--lr", "--clients", "--alpha", "--help")
 
 

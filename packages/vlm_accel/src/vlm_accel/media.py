@@ -59,7 +59,7 @@ def frame_numbers(total: int, frames: int = FRAMES) -> list[int]:
     """``frames`` numbers spread over ``total``: int(linspace(0, total - 1, frames)); all where there are fewer."""
     if total <= frames:
         return list(range(total))
-    return [int(i * (total - 1) / (frames - 1)) for i in range(frames)]
+    return [i * (total - 1) // max(1, frames - 1) for i in range(frames)]
 
 
 def read_video(path: Path | str, frames: int = FRAMES) -> Video:
