@@ -233,3 +233,70 @@ def test_pact_scores_are_importance_in_its_own_layer(monkeypatch):
     for i in range(2):
         expected = reference.pact_importance(queries[i], keys[i], x[i].double().numpy(), image[i])
         np.testing.assert_allclose(kept[0][i].double().numpy()[image[i]], expected[image[i]], atol=1e-5)
+
+
+# ---- what reaches the decoder against attention, keys and features of the unmodified encoder
+
+
+@functools.cache
+def _encoder():
+    """(features of block L - 2, attention maps, queries and keys by block) of the plain CLIP, class row included."""
+    model, inputs = _model("llava", "eager"), _inputs("llava")
+    tower = model.model.vision_tower
+    with torch.inference_mode():
+        out = tower(inputs["pixel_values"], output_hidden_states=True, output_attentions=True)
+        heads = []
+        for layer, x in zip(_layers(tower), out.hidden_states, strict=False):
+            normed = layer.layer_norm1(x)
+            both = (layer.self_attn.q_proj(normed), layer.self_attn.k_proj(normed))
+            heads.append([part.unflatten(-1, (4, 8)).double().numpy() for part in both])
+    return out.hidden_states[-2], [a.double().numpy() for a in out.attentions], heads
+
+
+def _layers(tower):
+    return next(module for module in tower.modules() if isinstance(module, torch.nn.ModuleList))
+
+
+def _expected_rows(method, i):
+    """Rows before the projector (after it for DivPrune) and their positions, by the reference."""
+    features, maps, heads = _encoder()
+    x = features[i, 1:].double().numpy()
+    cls = maps[2][i, :, 0, 1:]  # block L - 2 of 4
+    if method == "fastervlm":
+        return reference.fastervlm(x, cls, 8)
+    if method == "vispruner":
+        return reference.vispruner(x, cls, 8)
+    if method == "visionzip":
+        return reference.visionzip(x, cls, heads[2][1][i, 1:], 7, 1)
+    if method == "divprune":
+        with torch.inference_mode():
+            projected = _model("llava", "eager").model.multi_modal_projector(features[i : i + 1, 1:])[0]
+        return reference.divprune(projected.double().numpy(), 8)
+    queries, keys = heads[3]  # the last block, though the features are of the one before
+    return reference.prumerge(x, keys[i, 1:], queries[i, 0], keys[i, 0])
+
+
+@pytest.mark.parametrize("method", ["fastervlm", "vispruner", "visionzip", "divprune", "prumerge"])
+def test_the_decoder_gets_what_the_rule_says(method):
+    """From pixels to the rows that enter layer 0: blocks, class row, keys and places are the right ones."""
+    model, inputs = _model("llava", "eager"), _inputs("llava")
+    caught = []
+
+    def hook(_module, args, kwargs):
+        caught.append(args[0] if args else kwargs["hidden_states"])
+
+    options = {} if method == "prumerge" else {"ratio": 0.5}
+    with accelerate(model, method, trace=True, **options) as handle:
+        _run(model, inputs)
+        handle_kept = [step.kept for found in handle.maps for step in found.steps if step.stage == "features"]
+        watch = _inner(model).layers[0].register_forward_pre_hook(hook, with_kwargs=True)
+        _run(model, inputs)
+        watch.remove()
+    for i in range(2):
+        rows, kept = _expected_rows(method, i)
+        assert handle_kept[i].tolist() == kept
+        rows = torch.from_numpy(rows).float()
+        with torch.inference_mode():
+            wanted = rows if method == "divprune" else model.model.multi_modal_projector(rows)
+        # five words of text, the image, five words; shorter samples are padded in front
+        torch.testing.assert_close(caught[0][i, -5 - len(kept) : -5], wanted, atol=1e-4, rtol=1e-4)

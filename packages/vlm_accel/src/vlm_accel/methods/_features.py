@@ -1,4 +1,8 @@
-"""What the methods after the encoder share: counts, the score, and the form of their answer."""
+"""What the methods after the encoder share: counts, the score, and the form of their answer.
+
+A row is a patch, or on encoders with cells (Qwen, InternVL, SmolVLM) a merged and projected cell whose attention is the
+mean of its patches' and whose keys are theirs side by side.
+"""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class VisPruner(FeatureMethod):
     until T - int(T * important) are left.
 
     Deviations: an odd number of tokens works (the official code needs even ones); without a CLS row attention received
-    takes its place.
+    takes its place; on encoders with cells (Qwen, InternVL, SmolVLM) features are cells behind the projector.
 
     Args:
         ratio: share T / N kept, in (0, 1]. Published for N = 576: T = 128 (default), 64, 32.
