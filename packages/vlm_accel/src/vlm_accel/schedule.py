@@ -54,6 +54,10 @@ class Step:
         given = [name for name in ("keep", "ratio", "drop", "drop_ratio") if getattr(self, name) is not None]
         if len(given) != 1:
             raise UserError(f"{where}: give exactly one of keep, ratio, drop, drop_ratio (given: {given or 'none'})")
+        amount = getattr(self, given[0])
+        if isinstance(amount, bool) or not isinstance(amount, int if given[0] in ("keep", "drop") else int | float):
+            kind = "a whole number of tokens" if given[0] in ("keep", "drop") else "a share"
+            raise UserError(f"{where}: {given[0]}={amount!r}; expected {kind}")
         if self.keep is not None and self.keep < 1:
             raise UserError(f"{where}: keep={self.keep}; at least one token must stay")
         if self.ratio is not None and not 0 < self.ratio <= 1:
@@ -136,7 +140,8 @@ class Taper:
 
     def expand(self, depth: int, allowed: Sequence[int] | None = None) -> list[Step]:
         """Steps at consecutive blocks from ``start``; only at ``allowed`` blocks where an encoder has such a list."""
-        blocks = [layer for layer in (allowed or range(depth)) if layer >= int(self.start * depth)] or [depth - 1]
+        possible = allowed or range(depth)
+        blocks = [layer for layer in possible if layer >= int(self.start * depth)] or [possible[-1]]
         chosen = blocks[: self.steps]
         return [Step("vision", layer, ratio=self.ratio ** (1 / len(chosen))) for layer in chosen]
 

@@ -14,6 +14,7 @@ _ILLAVA = "Hu et al. 2024, iLLaVA (arXiv 2412.06263)"
 _LIGHTVLM = "Hu et al. 2025, LightVLM (arXiv 2509.00419)"
 _VISPRUNER = "Zhang et al. 2024, {} (arXiv 2412.01818)"
 _CONTROL = "control of iLLaVA and LightVLM (arXiv 2412.06263, 2509.00419)"
+_CACHE_CONTROL = "control of LightVLM (arXiv 2509.00419)"
 
 
 def _row(
@@ -221,8 +222,8 @@ _TIER3 = [
         ("tier1", "cache"),
         "reconstruction",
     ),
-    _row("random_kv", "random_kv:RandomKV", _CONTROL, "keeps seeded random entries", ("control", "cache")),
-    _row("recent_kv", "recent_kv:RecentKV", _CONTROL, "keeps the last entries", ("control", "cache")),
+    _row("random_kv", "random_kv:RandomKV", _CACHE_CONTROL, "keeps seeded random entries", ("control", "cache")),
+    _row("recent_kv", "recent_kv:RecentKV", _CACHE_CONTROL, "keeps the last entries", ("control", "cache")),
 ]
 
 METHODS = Registry("method", [*_TIER1, *_TIER2, *_TIER3])
