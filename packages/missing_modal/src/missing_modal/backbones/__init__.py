@@ -1,0 +1,1 @@
+"""Frozen encoders behind one face, one file a library."""

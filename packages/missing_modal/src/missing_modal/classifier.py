@@ -1,0 +1,138 @@
+"""Frozen towers, a method's prompts, a linear head: the loop over towers and blocks (DCP 3.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from missing_modal.methods.base import Context, Method
+from missing_modal.patterns import all_masks
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from missing_modal.backbones.base import Tower
+    from missing_modal.batch import Batch
+
+__all__ = ["Classifier"]
+
+
+class Classifier(nn.Module):
+    """logits = W [f_1; ...; f_M] + b over features of frozen towers with prompts; a missing modality's feature is zero.
+
+    The towers are no submodules: they never get into ``state_dict`` or an optimizer, and are never changed.
+
+    Args:
+        towers: in the order of the modalities.
+        method: options of a method.
+        classes: outputs C of the head.
+        seed: of the initial values.
+        cut: leave out the token rows behind the batch's last end of text in causal towers (exact, DCP 8).
+        skip: leave out the tower of a missing modality (exact, DCP 3.4); False runs it on placeholders: for tests and
+            the benchmark.
+    """
+
+    def __init__(
+        self, towers: Sequence[Tower], method: Method, classes: int, seed: int = 0, cut: bool = True, skip: bool = True
+    ) -> None:
+        super().__init__()
+        self._towers = tuple(towers)
+        modalities = [tower.spec.name for tower in towers]
+        specs = tuple(tower.spec for tower in towers)
+        self.context = Context(specs, tuple(all_masks(modalities)), seed)
+        self.prompter = method.build(self.context)
+        self.head = nn.Linear(sum(spec.features for spec in specs), classes)
+        draw = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            self.head.weight.normal_(0, 0.02, generator=draw)
+            self.head.bias.zero_()
+        self.cut = cut
+        self.skip = skip
+
+    @property
+    def towers(self) -> tuple[Tower, ...]:
+        """The frozen towers."""
+        return self._towers
+
+    @property
+    def num_prefix_tokens(self) -> dict[str, int]:
+        """Rows in front of each tower's own tokens."""
+        return {tower.spec.name: self.prompter.rows(number) for number, tower in enumerate(self._towers)}
+
+    def forward(self, batch: Batch) -> Tensor:
+        """(B, C) logits in float32."""
+        logits, _ = self.with_tables(batch)
+        return logits
+
+    def with_tables(self, batch: Batch) -> tuple[Tensor, Any]:
+        """Logits, and the method's tables of this step (for its penalty)."""
+        features, tables = self.features(batch)
+        logits: Tensor = self.head(features)
+        return logits, tables
+
+    def features(self, batch: Batch) -> tuple[Tensor, Any]:
+        """(B, sum of e) fused features, and the tables."""
+        present = sorted(set(batch.masks))
+        tables = self.prompter.tables(present)
+        place = {mask: number for number, mask in enumerate(present)}
+        found: dict[int, Tensor] = {}
+        rows: dict[int, Tensor] = {}
+        for number, tower in enumerate(self._towers):
+            x, at, samples = self._inputs(number, tower, batch)
+            if x is None:
+                continue
+            which = torch.tensor([place[batch.masks[sample]] for sample in samples], device=x.device)
+            found[number] = self.prompter.finish(number, self._run(number, tower, x, which, tables))
+            rows[number] = at
+        if not self.skip and not self.prompter.encodes_missing:
+            found, rows = self._only_present(found, rows, batch)
+        return self.prompter.fuse(found, rows, batch.masks), tables
+
+    def _inputs(self, number: int, tower: Tower, batch: Batch) -> tuple[Tensor | None, Tensor, list[int]]:
+        """Inputs of the tower, the samples they belong to (device), and the same on the host."""
+        name = tower.spec.name
+        have = [sample for sample, mask in enumerate(batch.masks) if mask >> number & 1]
+        lack = [sample for sample, mask in enumerate(batch.masks) if not mask >> number & 1]
+        x = batch.inputs.get(name)
+        if (self.skip and not self.prompter.encodes_missing) or not lack:
+            return (x if have else None), batch.rows.get(name, torch.empty(0, dtype=torch.long)), have
+        held = tower.placeholder(len(lack))
+        if x is not None and len(have):
+            held = held.to(x.device, x.dtype)
+            x = torch.cat([x, held])
+        else:
+            x = held.to(self.head.weight.device)
+        at = torch.tensor(have + lack, device=x.device)
+        return x, at, have + lack
+
+    def _only_present(
+        self, found: dict[int, Tensor], rows: dict[int, Tensor], batch: Batch
+    ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """Features of placeholders taken out again: they count for nothing."""
+        kept, at = {}, {}
+        for number, one in found.items():
+            count = sum(mask >> number & 1 for mask in batch.masks)
+            if count:
+                kept[number], at[number] = one[:count], rows[number][:count]
+        return kept, at
+
+    def _run(self, number: int, tower: Tower, x: Tensor, which: Tensor, tables: Any) -> Tensor:
+        """(b, ...) inputs -> (b, d) the row that is read at the end."""
+        tokens = tower.embed(x)
+        if tower.spec.depth == 0:
+            return tokens
+        inserted = self.prompter.enter(number, tokens, which, tables)
+        end = tower.pool_rows(x)
+        if self.cut and tower.causal and (length := tower.length(x)) is not None:
+            tokens = tokens[:, :length]
+        h = tokens if inserted is None else torch.cat([inserted.to(tokens.dtype), tokens], dim=1)
+        mask = tower.mask(h.shape[1], h)
+        for block in range(tower.spec.depth):
+            if block:
+                h = self.prompter.before(number, block, h, which, tables)
+            h = tower.block(block, h, mask, self.prompter.extra(number, block, which, tables))
+        offset = 0 if inserted is None else inserted.shape[1]
+        return h[torch.arange(len(h), device=h.device), end + offset]
