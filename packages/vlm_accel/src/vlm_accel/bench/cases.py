@@ -1,4 +1,4 @@
-"""Rows of a bench: which method with which ratio, schedule and cache budget; and the text form of schedules. No torch."""
+"""Rows of a bench: which method with which ratio, schedule and cache budget; schedules as text. No torch."""
 
 from __future__ import annotations
 

@@ -40,8 +40,9 @@ def build_vlm(seed: int = 0, attn: str = "sdpa") -> Any:
     from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 
     vision = CLIPVisionConfig(
-        hidden_size=VISION_WIDTH, intermediate_size=VISION_MLP, num_hidden_layers=VISION_DEPTH, num_attention_heads=HEADS,
-        image_size=world.SIDE, patch_size=world.PATCH, projection_dim=VISION_WIDTH,
+        hidden_size=VISION_WIDTH, intermediate_size=VISION_MLP, num_hidden_layers=VISION_DEPTH,
+        num_attention_heads=HEADS, image_size=world.SIDE, patch_size=world.PATCH,
+        projection_dim=VISION_WIDTH,
     )  # fmt: skip
     text = Qwen2Config(
         vocab_size=len(world.VOCABULARY), hidden_size=WIDTH, intermediate_size=MLP, num_hidden_layers=DEPTH,
