@@ -115,7 +115,7 @@ def test_cells_are_counted_as_promised() -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("method", ["recycle", "rank1", "tome", "pool", "stride", "evit", "shift"])
+@pytest.mark.parametrize("method", ["recycle", "tome", "pool", "stride"])
 def test_images_in_one_call_equal_each_alone(name: str, method: str) -> None:
     """Sequences packed with other images (of other sizes, for Qwen) and batches of tiles change nothing."""
     net = model(name)
@@ -328,6 +328,19 @@ def test_slices_are_segments_without_encoder_steps_too(name: str) -> None:
         assert handle._session.segments == {"image": [16], "video": [16, 16, 16]}
         assert not handle._session.image_rows
     assert torch.equal(found, plain)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_maps_of_the_decoder_alone_start_at_the_patches(name: str) -> None:
+    net, given = model(name), batch(name)
+    with accelerate(net, "drop", schedule=[Step("llm", 3, ratio=0.5)], trace=True) as handle, torch.no_grad():
+        net(**given)
+        net.generate(**given, max_new_tokens=2, do_sample=False)
+    assert len(handle.maps) == (8 if name in ("smolvlm", "idefics3") else 4)
+    for one in handle.maps:
+        assert (one.grid, one.group) == ((1, 8, 8), 4)
+        assert [(step.stage, step.n_in, step.n_out) for step in one.steps] == [("splice", 16, 16), ("llm", 16, 8)]
+        assert one.survivors().sum() == 8 * 4
 
 
 def test_windows_are_shortened_at_full_attention_only() -> None:

@@ -74,7 +74,7 @@ class Qwen2VLEncoder(EncoderAdapter):
     # ---- hooks
 
     def install(self, session: Session) -> None:
-        """Hook the encoder. With neither vision steps nor a method after it, only ``session.segments`` is written."""
+        """Hook the encoder. Without vision steps and methods after it, only segments (and empty maps) are written."""
         self._session = session
         for name, kind in (("get_image_features", "image"), ("get_video_features", "video")):
             session.replace(self.inner, name, self._named(getattr(self.inner, name), kind))
@@ -217,6 +217,8 @@ class Qwen2VLEncoder(EncoderAdapter):
         segments = [length // self.group for length in call.full]
         if not (session.plan.vision_steps or session.plan.features is not None):
             write_rows(session, kind, None, segments)
+            if session.trace:
+                self._pending[kind] = pend(session, self._pending.get(kind, []), self._maps(call, {}))
             return None
         left = self._left(call, output.pooler_output.device) if call.shortened else None
         answers: dict[int, Reduced] = {}

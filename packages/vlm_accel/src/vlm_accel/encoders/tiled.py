@@ -165,10 +165,8 @@ class TiledEncoder(EncoderAdapter):
         output.last_hidden_state = call.whole(output.last_hidden_state)
 
     def install(self, session: Session) -> None:
-        """Hook the encoder. With neither vision steps nor a method after it, nothing is done: runs are segments."""
+        """Hook the encoder. Without vision steps and methods after it, only empty maps are written."""
         plan = session.plan
-        if not plan.vision_steps and plan.features is None:
-            return
         self._session = session
         self._valid: Tensor | None = None
         self._waiting: tuple[TiledCall, dict[int, Reduced]] | None = None
@@ -176,6 +174,18 @@ class TiledEncoder(EncoderAdapter):
         self._pending: list[MergeMap] = []
         self._watches: dict[int, list[Watch]] = {}
         session.on_exit(self._forget)
+        if plan.vision_steps or plan.features is not None:
+            self._install_blocks(session)
+            session.hook(self.projector.register_forward_pre_hook(self._gather))
+            session.hook(self.projector.register_forward_hook(self._finish))
+        elif session.trace:
+            session.hook(self.projector.register_forward_hook(self._finish_plain))
+        if session.trace and not self.by_tile:
+            session.hook(self.inner.register_forward_pre_hook(self._look_at_prompt, with_kwargs=True))
+            session.hook(self.inner.register_forward_hook(self._prompt_done))
+
+    def _install_blocks(self, session: Session) -> None:
+        plan = session.plan
         session.hook(self.tower.register_forward_pre_hook(self._begin, with_kwargs=True))
         steps = {step.layer: step for step in plan.vision_steps}
         first = min(steps, default=self.used)
@@ -199,11 +209,6 @@ class TiledEncoder(EncoderAdapter):
                 watch(session, parts.attention, one)
             self._watches[layer] = looks
         session.hook(self.tower.register_forward_hook(self._end))
-        session.hook(self.projector.register_forward_pre_hook(self._gather))
-        session.hook(self.projector.register_forward_hook(self._finish))
-        if session.trace and not self.by_tile:
-            session.hook(self.inner.register_forward_pre_hook(self._look_at_prompt, with_kwargs=True))
-            session.hook(self.inner.register_forward_hook(self._prompt_done))
 
     # ---- hooks
 
@@ -289,6 +294,15 @@ class TiledEncoder(EncoderAdapter):
             if self.by_tile or self._runs is not None:
                 self._write_maps()
         return output
+
+    def _finish_plain(self, projector: nn.Module, args: Any, output: Tensor) -> None:
+        """Note the tiles of a call that nothing shortens, for maps."""
+        side = int(output.shape[1] ** 0.5) * self.side
+        prefix = self.num_prefix_tokens
+        call = TiledCall(self._session, len(output), (side, side), self.side, prefix, output.device)
+        self._waiting = (call, {})
+        if self.by_tile or self._runs is not None:
+            self._write_maps()
 
     # ---- after the encoder
 
