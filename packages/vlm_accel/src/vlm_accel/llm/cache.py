@@ -149,10 +149,9 @@ class TrackedLayer(DynamicLayer):
     @property
     def rows(self) -> Rows:
         """Index, valid and image of all n rows."""
-        if not self.is_initialized or self.keys is None:
-            raise UserError("the cache layer is empty; run a prefill first")
+        keys = self.stored()[0]
         if self._rows is None:
-            self._rows = Rows.dense(self.keys.shape[0], self.keys.shape[-2], self.keys.device)
+            self._rows = Rows.dense(keys.shape[0], keys.shape[-2], keys.device)
         elif self._pending:
             self._rows = self._rows.tail(self.logical - self._pending, self._pending)
         self._pending = 0
@@ -184,7 +183,17 @@ class TrackedLayer(DynamicLayer):
     @property
     def physical(self) -> int:
         """Rows stored, n."""
-        return 0 if not self.is_initialized or self.keys.numel() == 0 else self.keys.shape[-2]
+        return 0 if self.keys is None or self.keys.numel() == 0 else self.keys.shape[-2]
+
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, K, n, d).
+
+        Raises:
+            UserError: nothing is stored.
+        """
+        if self.keys is None or self.values is None:
+            raise UserError("the cache layer is empty; run a prefill first")
+        return self.keys, self.values
 
     def per_head_index(self) -> Tensor:
         """(B, K, n) int64."""
@@ -192,7 +201,7 @@ class TrackedLayer(DynamicLayer):
 
     def per_head(self, rows: Tensor) -> Tensor:
         """(B, n) or (B, K, n) -> (B, K, n)."""
-        return rows if rows.dim() == 3 else rows[:, None].expand(-1, self.keys.shape[1], -1)
+        return rows if rows.dim() == 3 else rows[:, None].expand(-1, self.stored()[0].shape[1], -1)
 
     # -- growing and shrinking ---------------------------------------------------------------------------------------
 
@@ -239,17 +248,17 @@ class TrackedLayer(DynamicLayer):
         if self._buffers is None or self._view is not self.keys or end > self._buffers[0].shape[-2]:
             if end > self._room:
                 return super().update(keys, values)  # type: ignore[no-any-return]
-            self._buffers = self._room_for(keys, self.keys, old), self._room_for(values, self.values, old)
+            self._buffers = self._room_for(keys, 0, old), self._room_for(values, 1, old)
         for buffer, new in zip(self._buffers, (keys, values), strict=True):
             buffer[..., old:end, :] = new
         self.keys, self.values = (buffer[..., :end, :] for buffer in self._buffers)
         self._view = self.keys
         return self.keys, self.values
 
-    def _room_for(self, new: Tensor, old: Tensor, count: int) -> Tensor:
+    def _room_for(self, new: Tensor, which: int, count: int) -> Tensor:
         buffer = new.new_empty(*new.shape[:-2], self._room, new.shape[-1])
         if count:
-            buffer[..., :count, :] = old
+            buffer[..., :count, :] = self.stored()[which]
         return buffer
 
     def take(self, rows: Tensor, plain: int = 0) -> None:
@@ -260,8 +269,7 @@ class TrackedLayer(DynamicLayer):
             plain: last rows that are certainly kept, whole and in order (the recent ones).
         """
         known = self.rows
-        self.keys = gather_rows(self.keys, rows)
-        self.values = gather_rows(self.values, rows)
+        self.keys, self.values = (gather_rows(t, rows) for t in self.stored())
         self._rows = known.take(rows)
         self.plain = min(self.plain, plain)
 
@@ -282,8 +290,7 @@ class TrackedLayer(DynamicLayer):
                 "this acceleration"
             )
         self._rows = self.rows.crop(count)
-        self.keys = self.keys[..., :-count, :]
-        self.values = self.values[..., :-count, :]
+        self.keys, self.values = (t[..., :-count, :] for t in self.stored())
         self.logical -= count
         self.plain -= count
         for value in self.state.values():
@@ -318,19 +325,19 @@ class TrackedLayer(DynamicLayer):
         if not self.physical:
             return
         rows = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
-        rows = rows.to(self.keys.device)
+        rows = rows.to(self.stored()[0].device)
         self._batch(rows, lambda known: known.select(rows))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each sample ``repeats`` times in a row."""
         if self.physical:
-            rows = torch.arange(self.keys.shape[0], device=self.keys.device).repeat_interleave(repeats)
+            keys = self.stored()[0]
+            rows = torch.arange(keys.shape[0], device=keys.device).repeat_interleave(repeats)
             self._batch(rows, lambda known: known.repeat(repeats))
 
     def _batch(self, rows: Tensor, follow: Callable[[Rows], Rows]) -> None:
-        batch = self.keys.shape[0]
-        self.keys = self.keys.index_select(0, rows)
-        self.values = self.values.index_select(0, rows)
+        batch = self.stored()[0].shape[0]
+        self.keys, self.values = (t.index_select(0, rows) for t in self.stored())
         if self._rows is not None:
             self._rows = follow(self._rows)
         for name, value in self.state.items():

@@ -26,7 +26,7 @@ from vlm_accel.llm.locate import (
     inner_model,
 )
 from vlm_accel.llm.masks import layer_mask
-from vlm_accel.llm.positions import head_counts
+from vlm_accel.llm.positions import head_counts, rotated_keys
 from vlm_accel.llm.reduce import reduce_rows
 from vlm_accel.llm.scores import LayerView
 from vlm_accel.llm.spans import StepPlan, plan_steps, read_prompt
@@ -66,15 +66,19 @@ class Engine:
         self.model = model
         self.decoder = decoder
         self.shortens = bool(plan.llm_steps or plan.vision_steps or plan.features is not None)
+        self.tracks_sliding = self.shortens or (plan.kv is not None and _slides_everywhere(decoder))
         self.log_size = bool(plan.options.get("log_size"))
         self.backend = check_backend(decoder, self.log_size)
         self.flash = "flash" in self.backend
+        # SDPA has no mask in plain decoding; eager has one, and sliding layers may where layer 0 has none
+        self.masked = self.backend != "sdpa" or getattr(decoder.config, "sliding_window", None) is not None
         self.cache_name = cache_name(decoder.module)
         self.token_ids = image_token_ids(model)
         self.multimodal = inner_model(model) is not decoder.module and decoder.module is not model
         self.levels = deepstack_levels(model)
         guards.check_steps(plan.llm_steps, self.levels)
-        self.heads = head_counts(decoder.layers[0].self_attn)[0]
+        first: Any = decoder.layers[0]
+        self.heads = head_counts(first.self_attn)[0]
         # of the call that is running
         self.given: dict[str, Any] = {}
         self.stage: Stage | None = None
@@ -137,15 +141,17 @@ class Engine:
         kwargs = dict(kwargs)
         if "image_mask" in kwargs:
             given["mask"] = kwargs.pop("image_mask")
-        ids = args[0] if args else kwargs.get("input_ids")
-        rows = ids if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        ids: Any = args[0] if args else kwargs.get("input_ids")
+        rows: Tensor = ids if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        if rows is None:
+            return None  # the model itself says what is missing
         self._drop_passing()
         self.stage = None
         self.cache = kwargs.get(self.cache_name)
         if self.cache is None and self._uses_cache(kwargs):
             self.cache = kwargs[self.cache_name] = guards.new_cache(self.decoder.config)
         if self.cache is not None and self.cache is not self.session.cache:
-            guards.track(self.cache, self.decoder, self.shortens)
+            guards.track(self.cache, self.decoder, self.tracks_sliding)
         self.past = self.cache.get_seq_length() if self.cache is not None else 0
         if rows.shape[1] == 1 and self.past:
             self._begin_decode()
@@ -180,19 +186,19 @@ class Engine:
 
     def _begin_decode(self) -> None:
         """Hook the layers whose mask has to be gathered whatever the model's mask is."""
-        if self.backend != "sdpa" or any(_marked(layer) for layer in self.cache.layers):
+        if self.masked or any(_marked(layer) for layer in self.cache.layers):
             self._hook_decode()
 
     def _hook_decode(self) -> None:
         for number, layer in enumerate(self.decoder.layers):
-            if number and not getattr(self.cache.layers[number], "is_dense", True):
+            if number and not _dense(self.cache.layers[number]):
                 hook = functools.partial(self._decode_layer, number)
                 self._pass(layer.register_forward_pre_hook(hook, with_kwargs=True))
 
     def _decode_layer(self, number: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         layer = self.cache.layers[number]
         mask = kwargs.get("attention_mask")
-        if layer.is_dense or (mask is None and not _marked(layer)):
+        if _dense(layer) or (mask is None and not _marked(layer)):
             return None
         x = _hidden(args, kwargs)
         keys = layer.rows.tail(layer.logical, x.shape[1])
@@ -215,7 +221,7 @@ class Engine:
         self.stage = Stage(prompt, self.past, image, valid, rows.device)
         self.tail = max([1, *prompt.tail()])
         self.tracer = Tracer(session, prompt) if session.trace else None
-        session.cache = self.cache
+        session.cache = self.cache if self.cache is not None else session.cache
         most = max([0, *((prompt.span >= 0).sum(1).tolist())])
         self.record = PrefillRecord(prompt.batch, prompt.length, max(prompt.text()), most)
         self.survivors = max([0, *left])
@@ -236,17 +242,14 @@ class Engine:
             return {kind: ids == number for kind, number in self.token_ids.items()}
         if self.session.plan.llm_steps and (ids is None or not self.token_ids):
             raise UserError(
-                "it is not known which tokens are image tokens; give input_ids with placeholders, or inputs_embeds with "
+                "it is not known which tokens are image tokens; give input_ids with placeholders, or inputs_embeds and "
                 "image_mask (batch, tokens)"
             )
         return {}
 
     def _hook_scores(self) -> None:
         """Keep what the layer before each step was called with, and its keys, until the step."""
-        method = self.session.plan.llm
-        if method is None or not self.steps:
-            return
-        if method.own_llm_scores or method.needs_keys or method.score("llm") not in ("none", "self"):
+        if self.steps and _view_of(self.session.plan.llm) == "before":
             for number in self.steps:
                 hook = functools.partial(self._keep, number - 1)
                 attention: Any = self.decoder.layers[number - 1].self_attn
@@ -288,7 +291,7 @@ class Engine:
         if isinstance(layer, TrackedLayer):
             layer.begin(stage.length, new, stage.plain)
             keys = layer.rows.extend(new) if layer.physical else new
-        if stage.columns is None and (layer is None or getattr(layer, "is_dense", True)):
+        if stage.columns is None and _dense(layer):
             return None
         kwargs = dict(kwargs)
         kwargs["attention_mask"] = self._mask(kwargs.get("attention_mask"), keys, new, x.dtype)
@@ -324,14 +327,11 @@ class Engine:
         """The layer that the step's scores come from."""
         stage = self.stage
         assert stage is not None
-        kept = self.probe.get(number - 1)
-        if kept is None:
-            if self.session.plan.llm is None or self.session.plan.llm.score("llm") != "self":
-                return None
-            kept = self._own(number, module, x, kwargs, stage)
-        view = LayerView(
-            x=x, visible=stage.valid, image=stage.image, span=stage.span, tail=self.tail, **kept
-        )  # fmt: skip
+        wanted = _view_of(self.session.plan.llm)
+        if wanted is None:
+            return None
+        kept = self.probe[number - 1] if wanted == "before" else self._own(number, module, x, kwargs, stage)
+        view = LayerView(x=x, visible=stage.valid, image=stage.image, span=stage.span, tail=self.tail, **kept)
         if self.embeds is not None:
             first = self.embeds
             view.embeds, view.embeds_image, view.embeds_visible = first["x"], first["image"], first["visible"]
@@ -347,12 +347,10 @@ class Engine:
         layer = self.cache.layers[number] if self.cache is not None else None
         keys, cached = stage.rows(), None
         if isinstance(layer, TrackedLayer) and layer.physical:
-            from vlm_accel.llm.positions import rotated_keys
-
-            cached = torch.cat([layer.keys, rotated_keys(attention, hidden, rope)], 2)
+            cached = torch.cat([layer.stored()[0], rotated_keys(attention, hidden, rope)], 2)
             keys = layer.rows.extend(keys)
         mask = kwargs.get("attention_mask")
-        if stage.columns is not None or (layer is not None and not getattr(layer, "is_dense", True)):
+        if stage.columns is not None or not _dense(layer):
             mask = layer_mask(mask, keys, stage.rows(), self.past, self.flash, self.heads, x.dtype)
         return {"module": attention, "hidden": hidden, "rope": rope, "mask": mask, "cached": cached}
 
@@ -377,8 +375,35 @@ class Engine:
         return hidden + (added.masked_fill(~stage.image[..., None], 0) if stage.holes else added)
 
 
+def _slides_everywhere(decoder: Decoder) -> bool:
+    """Whether no layer sees the whole prompt (Mistral v0.1): then eviction works on sliding layers."""
+    kinds = getattr(decoder.config, "layer_types", None)
+    if kinds is None:
+        return getattr(decoder.config, "sliding_window", None) is not None
+    return "full_attention" not in kinds
+
+
+def _view_of(method: Any) -> str | None:
+    """Layer that a method's scores and keys come from: the one ``before`` the step, the step's ``own``, or none.
+
+    ``own_llm_scores`` with the kind ``self`` (PACT) asks for the step's own layer, with ``none`` (SparseVLM) for the
+    one before.
+    """
+    if method is None:
+        return None
+    kind = method.score("llm")
+    if kind == "self":
+        return "own"
+    return "before" if kind != "none" or method.own_llm_scores or method.needs_keys else None
+
+
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
+
+
+def _dense(layer: Any) -> bool:
+    """Whether masks fit a cache layer as they are; layers that are not tracked, and no cache, hold all rows."""
+    return not isinstance(layer, TrackedLayer) or layer.is_dense
 
 
 def _marked(layer: Any) -> bool:

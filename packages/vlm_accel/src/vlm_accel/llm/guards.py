@@ -64,6 +64,7 @@ def track(cache: Any, decoder: Decoder, shortens: bool) -> None:
     if not cache.layers:
         cache.layers.extend(DynamicLayer() for _ in range(depth))
         cache.layer_class_to_replicate = None
+    layer: Any
     for number, layer in enumerate(cache.layers[:depth]):
         if isinstance(layer, TrackedLayer):
             continue

@@ -45,8 +45,8 @@ def reduce_rows(
         (B, t', D).
     """
     scores = _scores(method, view)
-    keys = view.keys(rope=False) if view is not None and method.needs_keys else None
-    queries = view.queries(rope=False) if view is not None and method.needs_keys else None
+    keys = view.keys() if view is not None and method.needs_keys else None
+    queries = view.queries() if view is not None and method.needs_keys else None
     order = stage.order()
     keep = stage.text()
     done: list[tuple[Group, Tensor, Reduced]] = []
@@ -77,10 +77,10 @@ def reduce_rows(
         at = places[sample, rows.gather(1, reduced.kept)]
         x[sample, at] = reduced.x.to(x.dtype)
         if reduced.sizes is not None:
-            stage.sizes[sample, at] = reduced.sizes
+            stage.sizes[sample, at] = reduced.sizes.to(stage.sizes.dtype)
         if stage.bias is not None:
             bias = reduced.key_bias if reduced.key_bias is not None else stage.sizes[sample, at].log()
-            stage.bias[sample, at] = bias
+            stage.bias[sample, at] = bias.to(stage.bias.dtype)
     return x
 
 

@@ -67,14 +67,15 @@ class Prompt:
 
     def tail(self) -> list[int]:
         """Valid text rows of each sample after its last image token (all where it has none)."""
-        last = np.where((self.span >= 0).any(1), self.length - (self.span >= 0)[:, ::-1].argmax(1), 0)
+        image: npt.NDArray[np.bool_] = np.greater_equal(self.span, 0)
+        last = np.where(image.any(1), self.length - image[:, ::-1].argmax(1), 0)
         after = np.arange(self.length)[None] >= last[:, None]
         return (after & self.valid).sum(1).tolist()  # type: ignore[no-any-return]
 
     def plain(self) -> int:
         """Last columns that are valid text in every sample."""
-        dirty = ((self.span >= 0) | ~self.valid).any(0)
-        return int(dirty[::-1].argmax()) if dirty.any() else self.length
+        dirty = np.flatnonzero(((self.span >= 0) | ~self.valid).any(0))
+        return self.length - 1 - int(dirty[-1]) if len(dirty) else self.length
 
 
 @dataclass
@@ -135,7 +136,7 @@ def read_prompt(
     """
     kinds = list(masks)
     stacked = [masks[kind] for kind in kinds] + ([] if valid is None else [valid])
-    seen = torch.stack(stacked).cpu().numpy() if stacked else np.zeros((0, *shape), bool)
+    seen: npt.NDArray[np.bool_] = torch.stack(stacked).cpu().numpy() if stacked else np.zeros((0, *shape), np.bool_)
     prompt = Prompt(
         span=np.full(shape, -1, np.int64),
         valid=seen[-1] if valid is not None else np.ones(shape, bool),
