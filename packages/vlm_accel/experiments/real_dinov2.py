@@ -41,9 +41,7 @@ from polymodal.files import write_json
 from polymodal.paths import require_files
 from torch import Tensor
 from vlm_accel import accelerate
-from vlm_accel.costs import EncoderShape
 from vlm_accel.data.dinov2_onnx import IMAGE_MEAN, IMAGE_STD, load_dinov2_onnx
-from vlm_accel.families import family_of, load_encoder
 from vlm_accel.methods import create
 from vlm_accel.show import plot_owners, plot_score, plot_survivors
 
@@ -114,26 +112,18 @@ def neighbours(gallery: Tensor, labels: Tensor, queries: Tensor) -> Tensor:
     return votes.gather(1, counts.argmax(1, keepdim=True))[:, 0]
 
 
-def macs(record: Any, shape: EncoderShape) -> tuple[int, int]:
-    """Multiply-accumulates of one image's blocks: (shortened, full)."""
-    images, full = record.images, record.full[0] // record.images
-    now = sum(shape.block(rows, mlp // images) for rows, mlp in zip(record.lengths, record.mlp_tokens, strict=True))
-    return now, len(record.lengths) * shape.block([full], full)
-
-
 def measure(model: Any, name: str, ratio: float, data: dict[str, Tensor]) -> dict[str, Any]:
     """Fidelity of one method at one ratio."""
     method, options = METHODS[name]
-    shape = EncoderShape.of(load_encoder(family_of(model), model))
     with accelerate(model, create(method, **options), ratio=ratio) as handle:
         queries = embed(model, data["queries"])
         photos = embed(model, data["photos"])
-        now, full = macs(handle._session.vision[-1], shape)
-        left = handle._session.vision[-1].left[0]
+        stats = handle.stats
     guess = neighbours(data["gallery"], data["gallery_labels"], queries)
     return {
-        "experiment": "real_dinov2", "method": name, "ratio": ratio, "photo_patches_left": left,
-        "mac_ratio": round(full / now, 4),
+        "experiment": "real_dinov2", "method": name, "ratio": ratio,
+        "photo_patches_left": int(stats["tokens/patches_left"] / stats["tokens/images"]),
+        "mac_ratio": round(stats["macs/vision_plain"] / stats["macs/vision"], 4),
         "cosine_photos": _spread((photos * data["full_photos"]).sum(1)),
         "cosine_articles": _spread((queries * data["full_queries"]).sum(1)),
         "knn_accuracy": round(float((guess == data["labels"]).float().mean()), 4),

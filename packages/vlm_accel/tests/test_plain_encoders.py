@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import pytest
 import timm
@@ -15,6 +16,7 @@ from polymodal.errors import UserError
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import Dinov2Backbone, Dinov2ForImageClassification
 from vlm_accel import Step, accelerate
 from vlm_accel.encoders.plain import weighted_mean
@@ -353,6 +355,25 @@ def test_intermediates_keep_their_prefix_rows():
     assert [(patches.shape, prefix.shape) for patches, prefix in pairs] == [((3, 32, 4, 4), (3, 3, 32))] * 4
     assert last.shape == (3, 9, 32)
     assert taps[0].shape == (3, 32, 4, 4)
+
+
+@pytest.mark.parametrize("name", ["vit_registers", "open_clip", "dinov2"])
+def test_costs_agree_with_the_flop_counter(name, monkeypatch):
+    """Without scores, everything but patch embedding and head is what the handle's MACs count (2 FLOP a MAC)."""
+    # the counter does not know the one operation that nn.MultiheadAttention is without it
+    monkeypatch.setattr(torch.backends.mha, "get_fastpath_enabled", lambda: False)
+    model, x = model_of(name), images(name)
+    for method, schedule in (("random", [Step("vision", 1, keep=9), Step("vision", 2, keep=4)]), ("recycle", None)):
+        given = {"schedule": schedule} if schedule else {"ratio": 1.0}
+        with accelerate(model, method, **given) as handle, FlopCounterMode(display=False) as counter:
+            run(model, x)
+        counts = counter.get_flop_counts()
+        blocks = sum(
+            sum(operations.values())
+            for module, operations in counts.items()
+            if re.search(r"(blocks|resblocks|layer)\.\d+$", module)
+        )
+        assert handle.stats["macs/vision"] * 2 == blocks, method
 
 
 def test_weighted_mean_counts_rows_as_often_as_they_say():
