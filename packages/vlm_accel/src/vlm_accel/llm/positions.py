@@ -84,7 +84,7 @@ def _project(attention: Any, hidden: Tensor, rope: Rope | None, rows: Tensor | N
         flat = joined[..., :first] if which == "q" else joined[..., first : first + kv_heads * size]
     else:
         flat = getattr(attention, f"{which}_proj")(hidden)
-    norm = getattr(attention, f"{which}_norm", None)
+    norm: Any = getattr(attention, f"{which}_norm", None)
     # OLMo 2 norms the whole width, Qwen3 and Gemma 3 each head
     whole = norm is not None and norm.weight.shape[-1] == flat.shape[-1] != size
     flat = norm(flat) if whole else flat
