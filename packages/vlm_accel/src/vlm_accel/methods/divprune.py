@@ -1,7 +1,4 @@
-"""DivPrune: the most unlike tokens by greedy max-min diversity; no attention is asked.
-
-Source: Alvar et al. 2025, arXiv 2503.02175 (CVPR 2025); rule as in iLLaVA 5 (read in the authors' code).
-"""
+"""DivPrune: the most unlike tokens by greedy max-min diversity; no attention is asked."""
 
 from __future__ import annotations
 
@@ -36,6 +33,8 @@ class DivPrune(FeatureMethod):
 
     Raises:
         UserError: ratio out of range.
+
+    Source: Alvar et al. 2025, arXiv 2503.02175 (CVPR 2025); rule as in iLLaVA 5 (read in the authors' code).
     """
 
     after_projector: ClassVar[bool] = True

@@ -1,7 +1,4 @@
-"""FasterVLM: the most attended tokens, dropped before the projector.
-
-Source: Zhang et al. 2024, arXiv 2412.01818v1; iLLaVA 5.
-"""
+"""FasterVLM: the most attended tokens, dropped before the projector."""
 
 from __future__ import annotations
 
@@ -30,6 +27,8 @@ class FasterVLM(FeatureMethod):
 
     Raises:
         UserError: ratio out of range.
+
+    Source: Zhang et al. 2024, arXiv 2412.01818v1; iLLaVA 5.
     """
 
     ratio: float = 0.25

@@ -1,7 +1,4 @@
-"""FastV: one step after the first layers, the least attended image tokens go.
-
-Source: Chen et al. 2024, arXiv 2403.06764; rule as in LightVLM 5.
-"""
+"""FastV: one step after the first layers, the least attended image tokens go."""
 
 from __future__ import annotations
 
@@ -35,6 +32,8 @@ class FastV(TokenMethod):
 
     Raises:
         UserError: a number out of range.
+
+    Source: Chen et al. 2024, arXiv 2403.06764; rule as in LightVLM 5.
     """
 
     stages: ClassVar[tuple[str, ...]] = ("llm",)

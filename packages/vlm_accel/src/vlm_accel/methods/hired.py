@@ -1,7 +1,4 @@
-"""HiRED: a token budget for a picture, shared over its tiles by where the first block looks.
-
-Source: Arif et al. 2024, arXiv 2408.10945 (AAAI 2025); rule as in iLLaVA 5 (read in the authors' code).
-"""
+"""HiRED: a token budget for a picture, shared over its tiles by where the first block looks."""
 
 from __future__ import annotations
 
@@ -43,6 +40,8 @@ class HiRED(FeatureMethod):
 
     Raises:
         UserError: a share out of range.
+
+    Source: Arif et al. 2024, arXiv 2408.10945 (AAAI 2025); rule as in iLLaVA 5 (read in the authors' code).
     """
 
     ratio: float = 0.2

@@ -1,7 +1,4 @@
-"""PACT: unimportant image tokens go, the others are clustered by their keys, once, inside the decoder.
-
-Source: Dhouib et al. 2025, arXiv 2504.08966 (CVPR 2025); iLLaVA 5, joining read again in the authors' code.
-"""
+"""PACT: unimportant image tokens go, the others are clustered by their keys, once, inside the decoder."""
 
 from __future__ import annotations
 
@@ -35,10 +32,10 @@ class PACT(TokenMethod):
     centre if farther than ``cutoff`` from every centre. Every token, a pruned one too, joins its nearest centre if it
     lies within ``join * cutoff``, else it goes. A centre becomes the mean of its members and keeps its position.
 
-    Deviations, hence a reconstruction: the number of clusters is the step's count instead of what the cutoff gives for
-    a picture (all samples of a batch keep equal numbers and counts are known beforehand), so that DBDPC ends early or
-    goes on with the tokens farthest from their centres; proportional attention is ``accelerate(..., log_size=True)``,
-    off by default; images are clustered one by one.
+    This is our reading, a reconstruction: the number of clusters is the step's count instead of what the cutoff gives
+    for a picture (all samples of a batch keep equal numbers and counts are known beforehand), so that DBDPC ends early
+    or goes on with the tokens farthest from their centres; proportional attention is ``accelerate(...,
+    log_size=True)``, off by default; images are clustered one by one.
 
     Args:
         layer: K, from 1.
@@ -49,6 +46,8 @@ class PACT(TokenMethod):
 
     Raises:
         UserError: a number out of range.
+
+    Source: Dhouib et al. 2025, arXiv 2504.08966 (CVPR 2025); iLLaVA 5, joining read again in the authors' code.
     """
 
     stages: ClassVar[tuple[str, ...]] = ("llm",)

@@ -1,7 +1,4 @@
-"""PruMerge: outliers of the CLS attention stay, each gathers its nearest others, the rest becomes one token.
-
-Source: Shang et al. 2024, arXiv 2403.15388; rule as in iLLaVA 5 (read in the authors' code).
-"""
+"""PruMerge: outliers of the CLS attention stay, each gathers its nearest others, the rest becomes one token."""
 
 from __future__ import annotations
 
@@ -43,6 +40,8 @@ class PruMerge(FeatureMethod):
 
     Raises:
         UserError: a number out of range.
+
+    Source: Shang et al. 2024, arXiv 2403.15388; rule as in iLLaVA 5 (read in the authors' code).
     """
 
     needs_keys: ClassVar[bool] = True

@@ -1,7 +1,4 @@
-"""PruMerge+: PruMerge with tokens from all over the picture besides the outliers.
-
-Source: Shang et al. 2024, arXiv 2403.15388; rule as in iLLaVA 5 (read in the authors' code).
-"""
+"""PruMerge+: PruMerge with tokens from all over the picture besides the outliers."""
 
 from __future__ import annotations
 
@@ -28,6 +25,8 @@ class PruMergePlus(PruMerge):
 
     With ``ratio`` (our completion) a quarter of the tokens are the top ones, and the others stand at even distances in
     the list of those that are left. Options and other deviations as in PruMerge.
+
+    Source: Shang et al. 2024, arXiv 2403.15388; rule as in iLLaVA 5 (read in the authors' code).
     """
 
     def chosen(self, scores: Tensor, order: Tensor) -> list[Tensor]:

@@ -1,7 +1,4 @@
-"""PyramidDrop: at three depths the less attended share of the image tokens goes.
-
-Source: Xing et al. 2024, arXiv 2410.17247 (CVPR 2025); rule as in LightVLM 5 (read in the authors' code).
-"""
+"""PyramidDrop: at three depths the less attended share of the image tokens goes."""
 
 from __future__ import annotations
 
@@ -36,6 +33,8 @@ class PyramidDrop(TokenMethod):
 
     Raises:
         UserError: a number out of range.
+
+    Source: Xing et al. 2024, arXiv 2410.17247 (CVPR 2025); rule as in LightVLM 5 (read in the authors' code).
     """
 
     stages: ClassVar[tuple[str, ...]] = ("llm",)

@@ -1,7 +1,4 @@
-"""SparseVLM: words of the question rate the image tokens; some of what goes is clustered into a few tokens.
-
-Source: Zhang et al. 2024, arXiv 2410.04417 (ICML 2025); rule as in LightVLM 5 (read in the authors' code, version 1).
-"""
+"""SparseVLM: words of the question rate the image tokens; some of what goes is clustered into a few tokens."""
 
 from __future__ import annotations
 
@@ -55,6 +52,9 @@ class SparseVLM(TokenMethod):
 
     Raises:
         UserError: a number out of range.
+
+    Source: Zhang et al. 2024, arXiv 2410.04417 (ICML 2025); rule as in LightVLM 5 (read in the authors' code,
+    version 1).
     """
 
     stages: ClassVar[tuple[str, ...]] = ("llm",)

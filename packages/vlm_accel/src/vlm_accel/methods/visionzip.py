@@ -1,7 +1,4 @@
-"""VisionZip: the most attended tokens, and a few contextual ones into which the others flow.
-
-Source: Yang et al. 2024, arXiv 2412.04467; rule as in iLLaVA 5 (read in the authors' code).
-"""
+"""VisionZip: the most attended tokens, and a few contextual ones into which the others flow."""
 
 from __future__ import annotations
 
@@ -43,6 +40,8 @@ class VisionZip(FeatureMethod):
 
     Raises:
         UserError: a number out of range.
+
+    Source: Yang et al. 2024, arXiv 2412.04467; rule as in iLLaVA 5 (read in the authors' code).
     """
 
     needs_keys: ClassVar[bool] = True

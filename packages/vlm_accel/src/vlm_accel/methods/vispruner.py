@@ -1,7 +1,4 @@
-"""VisPruner: half of the tokens by attention, half by being unlike the others.
-
-Source: Zhang et al. 2025, arXiv 2412.01818 (ICCV 2025); rule as in iLLaVA 5 (read in the authors' code).
-"""
+"""VisPruner: half of the tokens by attention, half by being unlike the others."""
 
 from __future__ import annotations
 
@@ -40,6 +37,8 @@ class VisPruner(FeatureMethod):
 
     Raises:
         UserError: a number out of range.
+
+    Source: Zhang et al. 2025, arXiv 2412.01818 (ICCV 2025); rule as in iLLaVA 5 (read in the authors' code).
     """
 
     ratio: float = 128 / 576

@@ -36,7 +36,7 @@ def dpc_knn(x: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
         centres (S, C) int64, ascending; owner (S, R) int64 in [0, C), each centre its own.
     """
     x = wide(x)
-    distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / x.shape[-1] ** 0.5
+    distance = _distances(x) / x.shape[-1] ** 0.5
     rho = torch.exp(-(distance**2).topk(clusters, dim=-1, largest=False).values.mean(-1))
     place = _places(rho)
     denser = place[:, None, :] < place[:, :, None]
@@ -70,16 +70,25 @@ def density_centres(distance: Tensor, count: int, cutoff: float, spread: float =
     rho = torch.exp(-((distance / spread) ** 2)).sum(-1)
     # ranks, not densities: exact, and above every distance (cosine distances end at 2)
     rank = (tokens - _places(rho)).to(distance.dtype) + distance.amax((1, 2))[:, None]
+    # a centre is infinitely near itself, so that it is never picked again
+    own = torch.eye(tokens, dtype=torch.bool, device=distance.device)
+    distance = distance.masked_fill(own, -torch.inf)
     nearest = torch.full_like(rho, torch.inf)
-    taken = torch.zeros_like(rho, dtype=torch.bool)
     centres = []
     for _ in range(count):
-        key = torch.where(nearest > cutoff, rank, nearest).masked_fill(taken, -torch.inf)
-        pick = key.argmax(-1, keepdim=True)
+        pick = torch.where(nearest > cutoff, rank, nearest).argmax(-1, keepdim=True)
         centres.append(pick)
-        taken = taken.scatter(1, pick, True)
         nearest = torch.minimum(nearest, distance.gather(1, pick[..., None].expand(-1, -1, tokens)).squeeze(1))
     return torch.cat(centres, 1).sort(-1).values
+
+
+def _distances(x: Tensor) -> Tensor:
+    """(S, R, R) L2 distances by one product, of rows about their mean so that little cancels; 0 on the diagonal."""
+    x = x - x.mean(1, keepdim=True)
+    squares = (x * x).sum(-1)
+    squared = squares[:, :, None] + squares[:, None, :] - 2 * x @ x.transpose(1, 2)
+    own = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+    return squared.clamp(min=0).masked_fill(own, 0).sqrt()
 
 
 def _places(values: Tensor) -> Tensor:

@@ -23,15 +23,15 @@ def max_min(distance: Tensor, keep: int) -> Tensor:
     Returns:
         (S, m) int64, ascending.
     """
-    s, n, _ = distance.shape
+    n = distance.shape[1]
     own = torch.eye(n, dtype=torch.bool, device=distance.device)
     nearest = distance.masked_fill(own, torch.inf).amin(-1)
-    taken = torch.zeros(s, n, dtype=torch.bool, device=distance.device)
+    # a picked row is infinitely near itself, so that it is never picked again
+    distance = distance.masked_fill(own, -torch.inf)
     picked = []
     for number in range(keep):
-        pick = nearest.masked_fill(taken, -torch.inf).argmax(-1, keepdim=True)
+        pick = nearest.argmax(-1, keepdim=True)
         picked.append(pick)
-        taken = taken.scatter(1, pick, True)
         row = distance.gather(1, pick[..., None].expand(-1, -1, n)).squeeze(1)
         nearest = row if number == 0 else torch.minimum(nearest, row)
     return torch.cat(picked, 1).sort(-1).values
@@ -52,11 +52,13 @@ def distinct(x: Tensor, keep: int, step: int = 8) -> Tensor:
         (S, keep) int64 rows of x in the last order.
     """
     x = torch.nn.functional.normalize(wide(x), dim=-1, eps=1e-12)
+    # one product for all rounds; each looks up its even rows and odd columns
+    cosines = x @ x.transpose(1, 2)
     order = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
     while order.shape[1] > keep:
-        rows = gather_rows(x, order)
-        likeness = (rows[:, ::2] @ rows[:, 1::2].transpose(1, 2)).amax(-1)
-        gone = min(step, order.shape[1] - keep, likeness.shape[1])
+        even, odd = order[:, ::2], order[:, 1::2]
+        likeness = gather_rows(cosines, even).gather(2, odd[:, None].expand(-1, even.shape[1], -1)).amax(-1)
+        gone = min(step, order.shape[1] - keep, even.shape[1])
         left = ranked(likeness)[:, gone:]
-        order = torch.cat([order[:, ::2].gather(1, left), order[:, 1::2]], 1)
+        order = torch.cat([even.gather(1, left), odd], 1)
     return order
