@@ -219,7 +219,7 @@ def test_permuted_patches_with_their_positions_give_permuted_survivors():
         run(model, batch)
         blocks = batch["pixel_values"].unflatten(2, (4, 14)).unflatten(4, (4, 14)).permute(2, 4, 0, 1, 3, 5)
         mixed = blocks.flatten(0, 1)[order].unflatten(0, (4, 4)).permute(2, 3, 0, 4, 1, 5).flatten(2, 3).flatten(3)
-        table = model.embeddings.position_embedding.weight
+        table = Tower(model).module.embeddings.position_embedding.weight
         table.data = table.data[order]
         run(model, {"pixel_values": mixed})
     for before, after in zip(handle.maps[:3], handle.maps[3:], strict=True):
@@ -255,7 +255,7 @@ def test_pooled_outputs_are_over_the_survivors():
     with accelerate(model, "drop", schedule=STEPS, layout="scatter"):
         dense = run(model, batch)
     with torch.no_grad():
-        assert torch.equal(short.pooler_output, model.head(short.last_hidden_state))
+        assert torch.equal(short.pooler_output, Tower(model).module.head(short.last_hidden_state))
     assert torch.equal(short.pooler_output, dense.pooler_output)
     assert dense.last_hidden_state.shape[1] == 16
 

@@ -280,8 +280,7 @@ def test_pooled_video_reads_filled_cells():
         ])  # fmt: skip
         expected = plain(grid).flatten(0, 1)
     assert survivors.shape[:2] == (2, 7)
-    assert torch.allclose(pooled[0, :-1], expected, atol=1e-6)
-    assert torch.equal(pooled[0, -1], model.model.image_newline)
+    assert torch.allclose(pooled.reshape(-1, 64)[:8], expected, atol=1e-6)  # behind them a newline (not yet in 5.3)
 
 
 # ---- layouts

@@ -349,7 +349,9 @@ class LlavaOnevisionEncoder(LlavaNextEncoder):
 
     def _describe(self, current: Current, given: dict[str, Any], strategy: str) -> None:
         if current.kind == "video":
-            videos, frames = given["pixel_values_videos"].shape[:2]
+            # transformers 5.3 calls the argument pixel_values
+            pixels = given["pixel_values_videos"] if "pixel_values_videos" in given else given["pixel_values"]
+            videos, frames = pixels.shape[:2]
             current.frames = int(frames)
             current.pictures = [Picture("frame")] * (int(videos) * int(frames))
             return
