@@ -223,7 +223,7 @@ def _write(figure: Any, path: Path) -> None:
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=80)
-    Image.open(buffer).convert("RGB").quantize(64).save(path, optimize=True)
+    Image.open(buffer).convert("RGB").quantize(256).save(path, optimize=True)
 
 
 def read(name: str, ratio: float) -> dict[str, Any] | None:

@@ -257,7 +257,7 @@ def _draw_owners(axis: Axes, picture: NDArray[Any], merge_map: MergeMap, step: i
 
 
 def _draw_score(axis: Axes, picture: NDArray[Any], merge_map: MergeMap, step: int, tile: int) -> None:
-    _base(axis, picture, merge_map)
+    _base(axis, picture, merge_map, faded=0.8)
     place = _places(merge_map, step)
     score = merge_map.steps[step].score
     if score is None:
