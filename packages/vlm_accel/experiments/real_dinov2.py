@@ -62,8 +62,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 RATIOS = (0.75, 0.5, 0.25)
 PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
 PHOTO_SIDE, ARTICLE_SIDE = 224, 112
-GALLERY, QUERIES, NEIGHBOURS = 1000, 400, 5
-BATCH, ROUNDS = 8, 10
+GALLERY, QUERIES, NEIGHBOURS = 600, 300, 5
+BATCH, ROUNDS = 8, 6
 
 
 def normalised(pictures: Tensor) -> Tensor:
