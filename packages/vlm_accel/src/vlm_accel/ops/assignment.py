@@ -14,6 +14,7 @@ from vlm_accel.ops._select import (
     check,
     gather_rows,
     identity,
+    join,
     masses,
     mean_weight,
     owners,
@@ -68,12 +69,10 @@ def assign(
     target = nearest(removed, chosen)
     size = masses(x, sizes)
     mass = size * scores.to(size.dtype) if weights == "score" else size
-    own, joining = mass.gather(1, kept), mass.gather(1, rest)
-    total = add_rows(own.clone(), target, joining)
-    numerator = add_rows(wide(chosen) * own[..., None], target, wide(removed) * joining[..., None])
-    # Rows that nothing joined (or only tokens of mass 0) are not divided: they stay exactly what they were.
-    mean = torch.where((total != own)[..., None], numerator / total[..., None], wide(chosen))
-    new_sizes = add_rows(size.gather(1, kept), target, size.gather(1, rest))
+    own = mass.gather(1, kept)
+    mean = wide(chosen)
+    total = join(mean, target, wide(removed), own, mass.gather(1, rest))
+    new_sizes = total if mass is size else add_rows(size.gather(1, kept), target, size.gather(1, rest))
     reduced = Reduced(x=mean.to(x.dtype), kept=kept, sizes=new_sizes)
     if trace:
         reduced.assign = owners(kept, x.shape[1]).scatter_(1, rest, target)
@@ -94,7 +93,8 @@ def nearest(removed: Tensor, kept: Tensor) -> Tensor:
         (S, R) int64 in [0, M). A removed row's own norm does not change its order, so only kept rows are normalised.
         Similarities are made in pieces of at most about 16 million entries.
     """
-    directions = torch.nn.functional.normalize(wide(kept), dim=-1, eps=1e-12).transpose(1, 2)
+    directions = wide(kept.detach()).transpose(1, 2)
+    scale = 1 / directions.norm(dim=1, keepdim=True).clamp(min=1e-12)
     rows = max(1, _CHUNK // max(1, removed.shape[0] * kept.shape[1]))
-    parts = [(wide(part) @ directions).argmax(-1) for part in removed.detach().split(rows, dim=1)]
-    return torch.cat(parts, dim=1)
+    parts = [(wide(part) @ directions).mul_(scale).max(-1).indices for part in removed.detach().split(rows, dim=1)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vlm_accel.methods.base import Reduced
-from vlm_accel.ops._select import add_rows, check, gather_rows, identity, masses, mean_weight, ranked, wide
+from vlm_accel.ops._select import check, gather_rows, identity, join, masses, mean_weight, ranked, wide
 
 __all__ = ["tome"]
 
@@ -54,7 +54,10 @@ def tome(
         rank = torch.zeros(left.shape[0], rows, dtype=torch.int64, device=x.device)
         rank.scatter_(1, left, torch.arange(left.shape[1], device=x.device).expand_as(left))
         rank.scatter_(1, merged, rank.gather(1, target))
-        tokens, metric, sums = (_merge(part, sums, left, merged, rank) for part in (tokens, metric, None))
+        target, own, mass_of_merged = rank.gather(1, merged), sums.gather(1, left), sums.gather(1, merged)
+        if left.shape[1] > keep:
+            metric = _merge(metric, left, merged, target, own, mass_of_merged)[0]
+        tokens, sums = _merge(tokens, left, merged, target, own, mass_of_merged)
         kept, owner = kept.gather(1, left), rank.gather(1, owner)
     reduced = Reduced(x=tokens.to(x.dtype), kept=kept, sizes=sums, key_bias=sums.float().log())
     if trace:
@@ -68,21 +71,15 @@ def _match(metric: Tensor, merges: int, prefix: int) -> tuple[Tensor, Tensor, Te
     even = torch.arange(prefix % 2, n, 2, device=metric.device)
     odd = torch.arange(1 - prefix % 2, n, 2, device=metric.device)
     unit = torch.nn.functional.normalize(metric.detach(), dim=-1, eps=1e-12)
-    similar = unit[:, even] @ unit[:, odd].transpose(1, 2)
-    target = similar.argmax(-1)  # the first of equals, which max() does not promise
-    edges = ranked(similar.amax(-1))
+    best, target = (unit[:, even] @ unit[:, odd].transpose(1, 2)).max(-1)  # the first of equals
+    edges = ranked(best)
     gone = edges[:, :merges]
     stay = torch.cat([even[edges[:, merges:]], odd.expand(s, -1)], dim=1).sort(-1).values
     return even[gone], odd[target.gather(1, gone)], stay
 
 
-def _merge(part: Tensor | None, sizes: Tensor, left: Tensor, merged: Tensor, rank: Tensor) -> Tensor:
-    """Mean of ``part`` (S, n, D) over merged rows, weighted by sizes; the sum of the sizes where ``part`` is None."""
-    target = rank.gather(1, merged)
-    own, joining = sizes.gather(1, left), sizes.gather(1, merged)
-    total = add_rows(own.clone(), target, joining)
-    if part is None:
-        return total
-    staying = gather_rows(part, left)
-    numerator = add_rows(staying * own[..., None], target, gather_rows(part, merged) * joining[..., None])
-    return torch.where((total != own)[..., None], numerator / total[..., None], staying)
+def _merge(x: Tensor, left: Tensor, merged: Tensor, target: Tensor, own: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows ``left`` of x (S, n, D) with rows ``merged`` averaged into their ``target``, and the mass of each."""
+    staying = gather_rows(x, left)
+    total = join(staying, target, gather_rows(x, merged), own, mass)
+    return staying, total

@@ -59,8 +59,7 @@ def recycle(
     rest = order[:, keep:].sort(-1).values
     xp, xr = wide(gather_rows(x, taking)), wide(gather_rows(x, rest))
     similar = xp @ xr.transpose(1, 2)
-    best, chosen = similar.sort(dim=-1, descending=True, stable=True)
-    best, chosen = best[..., :neighbours], chosen[..., :neighbours]
+    best, chosen = _largest(similar, min(neighbours, n - keep))
     # -1 marks what is in no J, so that a share that has underflowed to 0 still has an owner.
     share = torch.full_like(similar, -1.0).scatter(2, chosen, torch.softmax(best / width**0.5, dim=-1))
     taken = (xp + share.clamp(min=0) @ xr) / 2
@@ -77,6 +76,20 @@ def recycle(
     assign = owners(kept, n).scatter_(1, rest, owner)
     weight = _weights(kept, place, rest, share.detach().clamp(min=0), n)
     return Reduced(x=out, kept=kept, sizes=new_sizes, assign=assign, weight=weight)
+
+
+def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` largest along the last axis and their places; of equals the lower place, which topk leaves open."""
+    if count > 16:
+        best, places = values.sort(dim=-1, descending=True, stable=True)
+        return best[..., :count], places[..., :count]
+    left = values.detach().clone()
+    found = []
+    for _ in range(count):
+        found.append(left.max(-1, keepdim=True).indices)
+        left.scatter_(-1, found[-1], -torch.inf)
+    chosen = torch.cat(found, dim=-1)
+    return values.gather(-1, chosen), chosen
 
 
 def _weights(kept: Tensor, place: Tensor, rest: Tensor, share: Tensor, tokens: int) -> Tensor:
