@@ -49,5 +49,5 @@ def _spread(order: Tensor, total: int) -> Tensor:
     number = max(1, total - 1)
     top = max(1, round(number / 4))
     rest = order[:, top:].sort(-1).values
-    spots = [i * rest.shape[1] // max(1, number - top) for i in range(number - top)]
+    spots = torch.arange(number - top, device=order.device) * rest.shape[1] // max(1, number - top)
     return torch.cat([order[:, :top], rest[:, spots]], 1).sort(-1).values

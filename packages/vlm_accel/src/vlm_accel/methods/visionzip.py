@@ -89,8 +89,9 @@ def _merged(features: Features, keys: Tensor, order: Tensor, dominant: int, cont
     tokens = x.shape[1]
     rest = order[:, dominant:].sort(-1).values
     step = max(1, rest.shape[1] // contextual)
-    spots = range(0, step * contextual, step)
-    targets, others = rest[:, list(spots)], rest[:, [i for i in range(rest.shape[1]) if i not in spots]]
+    at = torch.arange(rest.shape[1], device=x.device)
+    last = ((at % step == 0) & (at < step * contextual)).to(torch.uint8).argsort(stable=True)
+    others, targets = rest[:, last].split([rest.shape[1] - contextual, contextual], 1)
     metric = torch.nn.functional.normalize(wide(keys).mean(2), dim=-1)
     joins = (gather_rows(metric, others) @ gather_rows(metric, targets).transpose(1, 2)).argmax(-1)
 
