@@ -155,6 +155,8 @@ class PlainEncoder(EncoderAdapter):
                 "works inside the encoder, such as recycle, rank1, tome"
             )
         steps = {step.layer: step for step in session.plan.vision_steps}
+        if not steps:
+            return
         session.hook(self.grid_module().register_forward_hook(lambda _m, _i, out: self._begin(session, out)))
         session.on_exit(setattr, self, "call", None)
         first = min(steps)
