@@ -90,6 +90,8 @@ def test_second_turn_sees_the_compressed_cache(name):
     assert all(note.length == 25 for note in notes)  # two prompts; shares are shares of both
     assert all(note.entries == 12 for note in notes)
     assert cache.get_seq_length() == 32
+    if name == "adakv":
+        assert all(sum(map(len, layer[0])) == 2 * 12 for layer in watch.calls[6])
     assert kept_entries(cache.layers[0]) <= 12 + (3 if name in ("snapkv", "adakv") else 1)
 
 
@@ -234,6 +236,7 @@ def test_h2o_sums_are_the_models_own_attention():
     for state, attention in zip(states, maps, strict=True):
         note = state[NOTE]
         known = state["h2o_sums"].shape[-1]
+        note.settle()
         assert known + note.unseen == 31
         want = attention[:, :, :known].sum(2).view(1, 2, 2, -1).mean(2)[..., :known]
         torch.testing.assert_close(state["h2o_sums"], want, atol=2e-6, rtol=1e-5)
@@ -256,7 +259,7 @@ def test_window_rule_uses_the_models_own_queries():
 def test_cropping_takes_the_ring_back():
     ring = Ring(4)
     for at in range(6):
-        ring.push(Part(torch.full((2, 1, 3), float(at)), (torch.full((1, 1, 2), float(at)),) * 2, at))
+        ring.loose.append((torch.full((2, 1, 3), float(at)), (torch.full((1, 1, 2), float(at)),) * 2))
     ring.crop(2)
     part = ring.last(9)
     assert part.positions().tolist() == [[2, 3]] * 2
@@ -269,10 +272,10 @@ def test_cropping_takes_the_ring_back():
 def test_ring_keeps_the_last_rows_and_follows_beams():
     ring = Ring(5)
     tables = (torch.arange(8.0)[None, :, None].expand(2, 8, 2),) * 2
-    ring.push(Part(torch.arange(16.0).view(2, 8, 1), tables, torch.arange(8).expand(2, 8)))
+    ring.push(Part(torch.arange(16.0).view(2, 8, 1), tables, torch.arange(8).expand(2, 8)), 8)
     assert ring.count == 5
     assert ring.parts[0].hidden.untyped_storage().nbytes() == 2 * 5 * 4  # no view of the whole prompt
-    ring.push(Part(torch.tensor([[[100.0]], [[200.0]]]), (torch.full((1, 1, 2), 8.0),) * 2, 8))
+    ring.loose.append((torch.tensor([[[100.0]], [[200.0]]]), (torch.full((1, 1, 2), 8.0),) * 2))
     turned = ring.select(torch.tensor([1, 1, 0]))
     part = turned.last(3)
     assert part.hidden[..., 0].tolist() == [[14.0, 15.0, 200.0]] * 2 + [[6.0, 7.0, 100.0]]

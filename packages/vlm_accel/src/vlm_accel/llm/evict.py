@@ -18,10 +18,12 @@ from torch import Tensor
 from vlm_accel.llm.cache import TrackedLayer
 from vlm_accel.llm.choose import choose, choose_across_heads, protected_entries
 from vlm_accel.llm.positions import head_counts, rotated_queries
-from vlm_accel.llm.ring import Part, Ring
+from vlm_accel.llm.ring import LayerNote, Part, Ring
 from vlm_accel.methods.base import CacheView
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import nn
 
     from vlm_accel.budget import KVBudget
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from vlm_accel.methods.base import CacheMethod
     from vlm_accel.session import Session
 
-__all__ = ["Evictor", "LayerNote", "evictable", "install_eviction", "kept_entries"]
+__all__ = ["Evictor", "evictable", "install_eviction", "kept_entries"]
 
 #: key of a layer's note in ``TrackedLayer.state``
 NOTE = "eviction"
@@ -49,59 +51,15 @@ def install_eviction(session: Session, decoder: Decoder) -> Evictor:
         UserError: masks per head with FlashAttention, which has no such masks.
     """
     evictor = Evictor(session, decoder)
+    session.hook(decoder.module.register_forward_pre_hook(evictor.enter, with_kwargs=True))
+    session.on_exit(evictor.leave)
     for number in evictor.numbers:
         attention: Any = decoder.layers[number].self_attn
         if evictor.across_heads:
             before = functools.partial(evictor.before, number)
             session.hook(attention.register_forward_pre_hook(before, with_kwargs=True))
-        session.hook(attention.register_forward_hook(functools.partial(evictor.after, number), with_kwargs=True))
+        session.replace(attention, "forward", evictor.counting(number, attention))
     return evictor
-
-
-@dataclass
-class LayerNote:
-    """What eviction keeps about one cache layer, as long as that cache lives.
-
-    Args:
-        ring: last inputs of the attention.
-        length: rows that prefills brought; shares of the budget are shares of this.
-        entries: b, for that length.
-        generated: rows since the last prefill, one a step.
-        visible: entries that a head sees (the mean over heads where they differ).
-        room: rows that the layer's buffer holds.
-        unseen: last rows that ``observe`` has not been told of.
-        fixed: entries that the scope protects, of the sample that has most, at the last prefill.
-        first_image: (B, 1) int64 logical position of the first image entry, -1: none; only for ``no_system``.
-        masked: (B, K, m) bool, entries among the first m that heads no longer see (AdaKV); None: none.
-        shared: one set for all heads, whatever the budget says (FlashAttention with padding).
-    """
-
-    ring: Ring
-    length: int = 0
-    entries: int = 0
-    generated: int = 0
-    visible: int = 0
-    room: int = 0
-    unseen: int = 0
-    fixed: int = 0
-    first_image: Tensor | None = None
-    masked: Tensor | None = None
-    shared: bool = False
-
-    def select(self, rows: Tensor) -> LayerNote:
-        """The note for samples ``rows`` (B',) of the batch (beams)."""
-
-        def pick(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t.index_select(0, rows.to(t.device))
-
-        return replace(self, ring=self.ring.select(rows), first_image=pick(self.first_image), masked=pick(self.masked))
-
-    def crop(self, count: int) -> None:
-        """Take back the last ``count`` tokens."""
-        self.ring.crop(count)
-        self.generated = max(0, self.generated - count)
-        self.visible = max(0, self.visible - count)
-        self.unseen = max(0, self.unseen - count)
 
 
 @dataclass
@@ -152,8 +110,63 @@ class Evictor:
             session.notes.append(f"KV budget: {left} layers with a sliding window keep what they hold")
         wanted = max(self.budget.window, int(getattr(self.method, "window", 1)))
         self.width = max(wanted, self.budget.interval) if self.method.observes else wanted
+        self.limit = _NEVER if self.method.once else 1 if self.method.every_step else self.budget.interval
+        self.passing: list[Any] = []
 
     # -- hooks ---------------------------------------------------------------------------------------------------------
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the decoder: a prefill gets a hook after each attention, a decoding step does not.
+
+        The hook comes after the engine's own, which read the keys of the layer before they go.
+        """
+        self.leave()
+        rows = kwargs.get("inputs_embeds")
+        if rows is None:
+            rows = args[0] if args else kwargs["input_ids"]
+        cache = _cache(kwargs)
+        if rows.shape[1] == 1 and cache is not None and cache.get_seq_length():
+            return
+        for number in self.numbers:
+            attention: Any = self.decoder.layers[number].self_attn
+            after = functools.partial(self.after, number)
+            self.passing.append(attention.register_forward_hook(after, with_kwargs=True))
+
+    def leave(self) -> None:
+        """Take the hooks of the last prefill away."""
+        for handle in self.passing:
+            handle.remove()
+        self.passing.clear()
+
+    def counting(self, number: int, module: nn.Module) -> Callable[..., Any]:
+        """The module's forward, which counts decoding steps and keeps their inputs.
+
+        A forward of the instance instead of a hook: a decoding step on a GPU waits for Python, and hooks cost several
+        times as much as these few lines.
+        """
+        original, keep = module.forward, self.method.needs_queries
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            output = original(*args, **kwargs)
+            cache = kwargs.get("cache")
+            if cache is None:
+                cache = kwargs.get("past_key_values")
+                if cache is None:
+                    return output
+            layer = cache.layers[number]
+            note = layer.state.get(NOTE) if isinstance(layer, TrackedLayer) else None
+            if note is None:
+                return output
+            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            if hidden.shape[1] == 1:
+                note.steps += 1
+                if keep:
+                    note.ring.loose.append((hidden, kwargs.get("position_embeddings")))
+                if note.steps >= note.due:
+                    self._decode(_Call(number, module, layer, note, hidden, kwargs))
+            return output
+
+        return forward
 
     def before(self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Put the entries that heads no longer see into the mask (AdaKV)."""
@@ -178,22 +191,17 @@ class Evictor:
         return args, {**kwargs, "attention_mask": mask}
 
     def after(self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
-        """Take note of the rows that came, and evict when there are too many."""
+        """After the attention of a prefill: take note of its rows, and evict when there are too many."""
         layer = self._layer(number, kwargs)
         if layer is None:
             return
         note = layer.state.get(NOTE)
         if note is None:
             note = layer.state[NOTE] = LayerNote(Ring(self.width))
-        call = _Call(number, module, layer, note, _hidden(args, kwargs), kwargs)
-        if call.fresh > 1 or note.length == 0:
-            self._prefill(call)
-        else:
-            self._decode(call)
+        self._prefill(_Call(number, module, layer, note, _hidden(args, kwargs), kwargs))
 
     def _layer(self, number: int, kwargs: dict[str, Any]) -> TrackedLayer | None:
-        cache = kwargs.get("cache")
-        cache = cache if cache is not None else kwargs.get("past_key_values")
+        cache = _cache(kwargs)
         layer = cache.layers[number] if cache is not None else None
         return layer if isinstance(layer, TrackedLayer) else None
 
@@ -202,6 +210,7 @@ class Evictor:
     def _prefill(self, call: _Call) -> None:
         """Rows of a prompt (or of a later turn) came."""
         note, layer = call.note, call.layer
+        note.settle()
         if note.unseen and self.method.observes:
             self._observe(call, note.ring.last(note.unseen))
         index, valid = layer.index[..., -call.fresh :], layer.valid[..., -call.fresh :]
@@ -212,7 +221,7 @@ class Evictor:
         note.generated = 0
         note.entries = self._entries(call)
         if self.method.needs_queries:
-            note.ring.push(Part(call.hidden, call.kwargs.get("position_embeddings"), positions))
+            note.ring.push(Part(call.hidden, call.kwargs.get("position_embeddings"), positions), layer.logical)
         if self.method.observes:
             self._observe(call, Part(call.hidden, call.kwargs.get("position_embeddings"), positions))
         note.shared |= _flat_mask(call.kwargs)
@@ -224,32 +233,36 @@ class Evictor:
         # the next row then goes into a buffer; without it the whole cache is copied at every step
         note.room = max(layer.physical, self._least(note)) + max(self.budget.interval, _SPARE * self.method.once)
         layer.reserve(note.room)
+        note.due = self._due(note, layer)
 
     def _decode(self, call: _Call) -> None:
-        """One row came; nothing here touches a tensor unless entries go."""
+        """Some steps were made and one of the things that ``_due`` foresaw may have come."""
         note, layer = call.note, call.layer
-        note.generated += 1
-        note.visible += 1
-        note.unseen += 1
-        if self.method.needs_queries:
-            rope = call.kwargs.get("position_embeddings")
-            note.ring.push(Part(call.hidden, rope, layer.logical - 1))
-        over = note.visible - self._least(note)
-        if not self.method.once and over >= (1 if self.method.every_step else self.budget.interval):
+        note.settle()
+        note.ring.absorb()
+        if note.visible - self._least(note) >= self.limit:
             self._evict(call, prefill=False)
         elif self.method.observes and note.unseen >= self.width:
             self._observe(call, note.ring.last(note.unseen))
         if layer.physical >= note.room:
             note.room += _SPARE
             layer.reserve(note.room)
+        note.due = self._due(note, layer)
+
+    def _due(self, note: LayerNote, layer: TrackedLayer) -> int:
+        """Steps that can pass before entries may have to go, sums to be added up, or room to be made."""
+        over = note.visible - self._least(note)
+        steps = min(self.limit - over, note.room - layer.physical, max(16, self.width))
+        if self.method.observes:
+            steps = min(steps, self.width - note.unseen)
+        return max(1, steps)
 
     def _entries(self, call: _Call) -> int:
         """How many entries this layer keeps, from the rows that prefills brought to it and to the first layer.
 
         Later layers have not run yet; they only get shorter, and a budget looks at its own layer and the longest one.
         """
-        cache = call.kwargs.get("cache")
-        cache = cache if cache is not None else call.kwargs["past_key_values"]
+        cache = _cache(call.kwargs)
         first = cache.layers[self.numbers[0]].state.get(NOTE, call.note)
         lengths = [first.length] + [call.note.length] * (self.depth - 1)
         return self.budget.entries(lengths)[call.number]
@@ -289,7 +302,8 @@ class Evictor:
         stay = protected_entries(self.budget, alive, view.index, view.image, note.first_image)
         note.visible = keep
         if self.across_heads:
-            note.masked = ~choose_across_heads(scores, alive, stay, keep) & view.valid
+            # what was masked before stays so: it is not alive
+            note.masked = ~choose_across_heads(scores, alive, stay, keep) & layer.per_head(layer.valid)
             return
         if self.method.same_for_heads or note.shared or not self.budget.per_head or view.keys.shape[1] == 1:
             scores, alive, stay = scores.mean(1), alive[:, 0], stay[:, 0]
@@ -352,7 +366,13 @@ def evictable(decoder: Decoder) -> list[int]:
 def kept_entries(layer: TrackedLayer) -> int:
     """Entries that a head of ``layer`` sees (AdaKV only masks: fewer than the rows that are stored)."""
     note = layer.state.get(NOTE)
-    return layer.physical if note is None else min(note.visible, layer.physical)
+    return layer.physical if note is None else min(note.visible + note.steps, layer.physical)
+
+
+def _cache(kwargs: dict[str, Any]) -> Any:
+    """The cache argument: ``cache`` since transformers 5.20 or so, ``past_key_values`` before."""
+    cache = kwargs.get("cache")
+    return kwargs.get("past_key_values") if cache is None else cache
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

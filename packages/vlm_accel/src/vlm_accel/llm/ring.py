@@ -1,13 +1,13 @@
-"""The last inputs of a layer's attention, from which its last queries are made when a score is wanted."""
+"""What eviction remembers of a layer: its last inputs, from which queries are made when wanted, and counts."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-__all__ = ["Part", "Ring"]
+__all__ = ["LayerNote", "Part", "Ring"]
 
 #: cos and sin, (B or 1, q, d) each, or (3, B, q, d)
 Rope = tuple[Tensor, Tensor]
@@ -59,15 +59,31 @@ class Ring:
         width: rows that may be asked for.
         parts: oldest first.
         count: rows in all parts.
+        end: logical position of the next row.
+        loose: (hidden (B, 1, D), rope) of decoding steps since the last call of any method; the caller appends. A
+            decoding step has no time for more than that.
     """
 
     width: int
     parts: list[Part] = field(default_factory=list)
     count: int = 0
+    end: int = 0
+    loose: list[tuple[Tensor, Rope | None]] = field(default_factory=list)
 
-    def push(self, part: Part) -> None:
-        """Append rows of a forward; no copy when they are few."""
-        part = part.last(self.width)
+    def absorb(self) -> None:
+        """Give the loose rows their positions."""
+        first, rows = self.end, self.loose
+        self.end, self.loose = first + len(rows), []
+        for number in range(max(0, len(rows) - self.width), len(rows)):
+            self._append(Part(*rows[number], first + number))
+
+    def push(self, part: Part, end: int) -> None:
+        """Append rows of a prefill; ``end`` is the logical position after the last one."""
+        self.absorb()
+        self._append(part.last(self.width))
+        self.end = end
+
+    def _append(self, part: Part) -> None:
         self.parts.append(part)
         self.count += part.hidden.shape[1]
         while self.count - self.parts[0].hidden.shape[1] >= self.width:
@@ -75,13 +91,15 @@ class Ring:
 
     def last(self, count: int) -> Part:
         """The last ``count`` rows (fewer where there are not so many) as one part."""
+        self.absorb()
         self._join()
         return self.parts[0].last(count)
 
     def select(self, rows: Tensor) -> Ring:
         """The same for samples ``rows`` (B',) int64 of the batch (beams)."""
+        self.absorb()
         if not self.parts:
-            return Ring(self.width)
+            return Ring(self.width, end=self.end)
         self._join()
         part = self.parts[0]
         rows = rows.to(part.hidden.device)
@@ -91,10 +109,12 @@ class Ring:
 
         rope = None if part.rope is None else (table(part.rope[0]), table(part.rope[1]))
         chosen = Part(part.hidden.index_select(0, rows), rope, part.positions().index_select(0, rows))
-        return Ring(self.width, [chosen], self.count)
+        return Ring(self.width, [chosen], self.count, self.end)
 
     def crop(self, count: int) -> None:
         """Forget the last ``count`` rows."""
+        self.absorb()
+        self.end -= count
         if count >= self.count:
             self.parts, self.count = [], 0
             return
@@ -121,3 +141,62 @@ def _join_tables(tables: list[Tensor]) -> Tensor:
     """Along the rows; a table with one sample serves all where others have B."""
     batch = max(table.shape[-3] for table in tables)
     return torch.cat([t.expand(*t.shape[:-3], batch, *t.shape[-2:]) for t in tables], -2)
+
+
+@dataclass
+class LayerNote:
+    """What eviction keeps about one cache layer, as long as that cache lives.
+
+    Args:
+        ring: last inputs of the attention.
+        length: rows that prefills brought; shares of the budget are shares of this.
+        entries: b, for that length.
+        steps: decoding steps that the counts below do not have yet (``settle`` adds them).
+        due: steps after which something may have to be done.
+        generated: rows since the last prefill, one a step.
+        visible: entries that a head sees (the mean over heads where they differ).
+        unseen: last rows that ``observe`` has not been told of.
+        room: rows that the layer's buffer holds.
+        fixed: entries that the scope protects, of the sample that has most, at the last prefill.
+        first_image: (B, 1) int64 logical position of the first image entry, -1: none; only for ``no_system``.
+        masked: (B, K, m) bool, entries among the first m that heads no longer see (AdaKV); None: none.
+        shared: one set for all heads, whatever the budget says (FlashAttention with padding).
+    """
+
+    ring: Ring
+    length: int = 0
+    entries: int = 0
+    steps: int = 0
+    due: int = 1
+    generated: int = 0
+    visible: int = 0
+    unseen: int = 0
+    room: int = 0
+    fixed: int = 0
+    first_image: Tensor | None = None
+    masked: Tensor | None = None
+    shared: bool = False
+
+    def settle(self) -> None:
+        """Count the steps since the last time."""
+        self.generated += self.steps
+        self.visible += self.steps
+        self.unseen += self.steps
+        self.steps = 0
+
+    def select(self, rows: Tensor) -> LayerNote:
+        """The note for samples ``rows`` (B',) of the batch (beams)."""
+
+        def pick(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.index_select(0, rows.to(t.device))
+
+        return replace(self, ring=self.ring.select(rows), first_image=pick(self.first_image), masked=pick(self.masked))
+
+    def crop(self, count: int) -> None:
+        """Take back the last ``count`` tokens."""
+        self.settle()
+        self.ring.crop(count)
+        self.generated = max(0, self.generated - count)
+        self.visible = max(0, self.visible - count)
+        self.unseen = max(0, self.unseen - count)
+        self.due = 1
