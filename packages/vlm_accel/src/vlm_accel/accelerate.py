@@ -57,7 +57,8 @@ def accelerate(
         schedule: steps, pyramids, or the name of a preset; None: the method's own, or from ``ratio``.
         ratio: share of the image tokens left at the end; encoders: four steps from a quarter of the depth; models
             with a decoder: ``pyramid(ratio)`` where the method works there; methods with a ratio of their own (after
-            the encoder, FastV, PyramidDrop, ...): theirs, at their own layers.
+            the encoder, FastV, PyramidDrop, ...): theirs, at their own layers. A method after the encoder joined with
+            one inside the decoder: the square root each.
         kv: cache budget or its text (``"ratio:0.5"``); without a cache method LightVLM's window rule is used.
         trace: record which patch ended in which token (``handle.maps``).
         seed: of random controls.
@@ -196,26 +197,33 @@ def _last(parts: list[Method], stage: str) -> Any:
 
 
 def _from_ratio(ratio: float, family: Family, parts: list[Method]) -> tuple[Schedule, list[Method]]:
-    """Schedule (and feature methods) that leave ``ratio`` of the image tokens."""
+    """Schedule (and methods with a ratio of their own) that leave ``ratio`` of the image tokens.
+
+    A method after the encoder and one behind it share the work: each keeps the square root.
+    """
     if not 0 < ratio <= 1:
         raise UserError(f"ratio={ratio}; expected a share kept in (0, 1]")
-    done = []
+    stage = "llm" if family.decoder and _last(parts, "llm") is not None else "vision"
+    shorteners = [part for part in (_last(parts, "features"), _last(parts, stage)) if part is not None]
+    if not shorteners:
+        remedy = "give kv instead of ratio" if family.decoder else "name one that works in encoders, such as recycle"
+        raise UserError(f"{_names(parts)} shortens no image tokens on {family.name}; {remedy}")
+    share = ratio ** (1 / len(shorteners))
+    done: list[Method] = []
     for part in parts:
         if _has_ratio(part):
-            done.append(dataclasses.replace(part, ratio=ratio))  # type: ignore[type-var]
+            done.append(dataclasses.replace(part, ratio=share))  # type: ignore[type-var]
         elif isinstance(part, FeatureMethod):
             raise UserError(f"{type(part).__name__} has no ratio; give its own options instead")
         else:
             done.append(part)
-    llm = _last(done, "llm")
-    if family.decoder and llm is not None:
+    last = _last(done, stage)
+    if last is None:
+        return [], done
+    if stage == "llm":
         # FastV, PyramidDrop and their like have layers of their own
-        return llm.schedule() if _has_ratio(llm) else pyramid(ratio), done
-    if _last(done, "vision") is not None:
-        return [Taper(ratio)], done
-    if _last(done, "features") is None:
-        raise UserError(f"{_names(done)} shortens no image tokens on {family.name}; give kv instead of ratio")
-    return [], done
+        return last.schedule() if _has_ratio(last) else pyramid(share), done
+    return [Taper(share)], done
 
 
 def _has_ratio(part: Method) -> bool:
