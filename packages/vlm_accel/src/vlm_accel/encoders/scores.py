@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["CHUNK", "Seen", "Watch", "attention_map", "importance", "logits", "watch"]
 
 CHUNK = 128
+#: logits that are held at once on a CPU where the scores are many: one MiB of float32
+_CACHED = 1 << 18
 _PREFIX = "vlm_accel_"
 _HOLDER = "_vlm_accel_watched"
 
@@ -83,6 +85,8 @@ def attention_map(
     Returns:
         (S, H, n) float32; sums to 1 over n.
     """
+    if bias is None and query.device.type == "cpu":
+        return _map_in_cache(query, key, scaling, rows, chunk)
     q = query.shape[2]
     total: Tensor | None = None
     for start in range(0, q, chunk):
@@ -95,6 +99,36 @@ def attention_map(
     assert total is not None
     count: Any = q if rows is None else rows.sum(1)[:, None, None].clamp(min=1)
     return (total / count).float()
+
+
+def _map_in_cache(query: Tensor, key: Tensor, scaling: float, rows: Tensor | None, chunk: int) -> Tensor:
+    """``attention_map`` on a CPU without a mask: few heads at a time, so that their logits stay in the cache.
+
+    With weights w_q = 1 / (sum over keys of e_qj) the column sums of the softmax are w e, one product instead of two
+    more passes over e. Half the time of the plain form at 1,000 rows.
+    """
+    s, heads, q, dim = query.shape
+    if key.shape[1] != heads:
+        key = key.repeat_interleave(heads // key.shape[1], 1)
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    scaled = query.reshape(s * heads, q, dim).to(wide) * scaling
+    other = key.reshape(s * heads, -1, dim).to(wide).transpose(1, 2)
+    n = other.shape[2]
+    counted = None if rows is None else rows.to(wide).repeat_interleave(heads, 0)[..., None]
+    total = scaled.new_zeros(s * heads, 1, n)
+    together = max(1, _CACHED // (min(chunk, q) * n))
+    for first in range(0, s * heads, together):
+        group = slice(first, first + together)
+        for start in range(0, q, chunk):
+            part = slice(start, start + chunk)
+            powers = torch.bmm(scaled[group, part], other[group])
+            powers.sub_(powers.amax(-1, keepdim=True)).exp_()
+            weights = powers.sum(-1, keepdim=True).reciprocal_()
+            if counted is not None:
+                weights.mul_(counted[group, part])
+            total[group] += torch.matmul(weights.transpose(1, 2), powers)
+    count: Any = q if counted is None else counted.sum(1, keepdim=True).clamp(min=1)
+    return (total / count).view(s, heads, n).float()
 
 
 @torch.no_grad()
