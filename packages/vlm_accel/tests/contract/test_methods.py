@@ -192,6 +192,9 @@ def test_tracing_and_batches_change_no_token(name):
     assert torch.equal(untraced.x, found.x)
     assert torch.equal(untraced.kept, found.kept)
     same(method.reduce(tokens, left), found)
+    owners_only = method.reduce(dataclasses.replace(tokens, trace="assign"), left)
+    assert torch.equal(owners_only.x, found.x)
+    assert torch.equal(owners_only.assign, found.assign)
     for s in range(3):
         alone = method.reduce(part(tokens, s), left)
         same(alone, [None if value is None else value[s : s + 1] for value in found])

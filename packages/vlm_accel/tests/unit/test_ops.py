@@ -82,6 +82,10 @@ def test_means_of_sources(rule, seed, n, data):
     assert torch.equal(untraced.x, found.x)
     assert torch.equal(untraced.kept, found.kept)
     assert untraced.weight is None
+    owners_only = rule(x, scores, keep, trace="assign")
+    assert torch.equal(owners_only.x, found.x)
+    assert torch.equal(owners_only.assign, found.assign)
+    assert owners_only.weight is None
 
 
 @each_rule

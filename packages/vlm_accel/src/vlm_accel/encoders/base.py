@@ -125,7 +125,7 @@ class VisionState:
         tokens = Tokens(
             x=x, stage="vision", layer=step.layer, scores=scores, sizes=sizes, index=self.index, grid=self._cell_grid(),
             keys=keys, queries=queries, seed=self.session.seed, span=self.span, prefix=self.prefix,
-            trace=self.session.trace or self.wants_assign,
+            trace=self.session.trace or ("assign" if self.wants_assign else False),
         )  # fmt: skip
         reduced = method.reduce(tokens, keep)
         self.index = self.index.gather(1, reduced.kept)

@@ -22,9 +22,21 @@ if TYPE_CHECKING:
     from vlm_accel.budget import KVBudget
     from vlm_accel.schedule import Schedule, Step
 
-__all__ = ["CacheMethod", "CacheView", "FeatureMethod", "Features", "Method", "Reduced", "TokenMethod", "Tokens"]
+__all__ = [
+    "CacheMethod",
+    "CacheView",
+    "FeatureMethod",
+    "Features",
+    "Method",
+    "Reduced",
+    "ScoreKind",
+    "TokenMethod",
+    "Tokens",
+    "Trace",
+]
 
 ScoreKind = Literal["received", "cls", "lse", "last", "self", "text", "none"]
+Trace = bool | Literal["assign"]
 
 
 @dataclass
@@ -48,7 +60,7 @@ class Tokens:
         seed: of the whole acceleration; draws are functions of (seed, stage, layer, span), never of call order.
         span: (S,) int64 number of the span within its model call, for such draws.
         prefix: rows in front of these that are never touched (ToMe's split into even and odd counts them).
-        trace: whether ``Reduced.assign`` and ``.weight`` are wanted.
+        trace: whether ``Reduced.assign`` and ``.weight`` are wanted; ``"assign"``: only the former, which costs little.
     """
 
     x: Tensor
@@ -63,7 +75,7 @@ class Tokens:
     seed: int = 0
     span: Tensor | None = None
     prefix: int = 0
-    trace: bool = False
+    trace: Trace = False
 
 
 @dataclass

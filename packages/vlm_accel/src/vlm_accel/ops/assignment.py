@@ -8,7 +8,7 @@ import torch
 from polymodal.errors import UserError
 from torch import Tensor
 
-from vlm_accel.methods.base import Reduced
+from vlm_accel.methods.base import Reduced, Trace
 from vlm_accel.ops._select import (
     add_rows,
     check,
@@ -35,7 +35,7 @@ def assign(
     keep: int,
     sizes: Tensor | None = None,
     weights: AssignWeights = "size",
-    trace: bool = True,
+    trace: Trace = True,
 ) -> Reduced:
     """Keep the best ``keep`` tokens; each becomes the mean of itself and the removed tokens nearest to it.
 
@@ -48,7 +48,7 @@ def assign(
         keep: M, within [1, N]; N gives back the same tensor.
         sizes: (S, N) source tokens of each row, positive; None: ones.
         weights: ``score``: c_j s_j in place of c_j in the mean (sizes still add; scores not negative).
-        trace: whether ``assign`` and ``weight`` are wanted.
+        trace: whether ``assign`` and ``weight`` are wanted; ``"assign"``: the former only.
 
     Returns:
         ``Reduced`` with rows in their old order. A row that nothing joins stays bit for bit.
@@ -76,6 +76,8 @@ def assign(
     reduced = Reduced(x=mean.to(x.dtype), kept=kept, sizes=new_sizes)
     if trace:
         reduced.assign = owners(kept, x.shape[1]).scatter_(1, rest, target)
+    if trace is True:
+        assert reduced.assign is not None
         weight = mean_weight(reduced.assign, mass, keep)
         one_hot = torch.zeros_like(weight).scatter_(2, kept[..., None], 1.0)
         reduced.weight = torch.where((total != own)[..., None], weight, one_hot)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vlm_accel.methods.base import Reduced
+from vlm_accel.methods.base import Reduced, Trace
 from vlm_accel.ops._select import check, gather_rows, identity, join, masses, mean_weight, ranked, wide
 
 __all__ = ["tome"]
 
 
 def tome(
-    x: Tensor, keys: Tensor, keep: int, sizes: Tensor | None = None, prefix: int = 0, trace: bool = True
+    x: Tensor, keys: Tensor, keep: int, sizes: Tensor | None = None, prefix: int = 0, trace: Trace = True
 ) -> Reduced:
     """Merge the N - keep most similar pairs of an even and an odd token.
 
@@ -26,7 +26,7 @@ def tome(
         keep: M, within [1, N]; N gives back the same tensor.
         sizes: (S, N) source tokens of each row; None: ones.
         prefix: rows in front of these (a CLS row makes the first patch odd).
-        trace: whether ``assign`` and ``weight`` are wanted.
+        trace: whether ``assign`` and ``weight`` are wanted; ``"assign"``: the former only.
 
     Returns:
         ``Reduced`` with ``key_bias`` = log sizes, for later attention. Rows are in ascending position, b where it
@@ -61,7 +61,9 @@ def tome(
         kept, owner = kept.gather(1, left), rank.gather(1, owner)
     reduced = Reduced(x=tokens.to(x.dtype), kept=kept, sizes=sums, key_bias=sums.float().log())
     if trace:
-        reduced.assign, reduced.weight = owner, mean_weight(owner, mass, keep)
+        reduced.assign = owner
+    if trace is True:
+        reduced.weight = mean_weight(owner, mass, keep)
     return reduced
 
 

@@ -8,7 +8,7 @@ import torch
 from polymodal.errors import UserError
 from torch import Tensor
 
-from vlm_accel.methods.base import Reduced
+from vlm_accel.methods.base import Reduced, Trace
 from vlm_accel.ops._select import (
     check,
     exact_dtype,
@@ -34,7 +34,7 @@ def rank1(
     keep: int,
     weights: FoldWeights = "rank_desc",
     sizes: Tensor | None = None,
-    trace: bool = True,
+    trace: Trace = True,
 ) -> Reduced:
     """Fold the r + 1 lowest tokens into one, which stands where the best of them stood.
 
@@ -48,7 +48,7 @@ def rank1(
         weights: of g_0..g_r: ``rank_desc`` r + 1, r, ..., 1 (the released code: most weight on the least attended),
             ``rank_asc`` 1, ..., r + 1, ``uniform``, ``score`` the scores themselves (not negative).
         sizes: (S, N) source tokens of each row, or None: ones; the folded row gets their sum.
-        trace: whether ``assign`` and ``weight`` are wanted.
+        trace: whether ``assign`` and ``weight`` are wanted; ``"assign"``: the former only.
 
     Returns:
         ``Reduced`` with rows in their old order.
@@ -80,7 +80,7 @@ def rank1(
     return _fold(x, order, keep, share / share.sum(-1, keepdim=True), sizes, trace)
 
 
-def fuse(x: Tensor, scores: Tensor, keep: int, sizes: Tensor | None = None, trace: bool = True) -> Reduced:
+def fuse(x: Tensor, scores: Tensor, keep: int, sizes: Tensor | None = None, trace: Trace = True) -> Reduced:
     """Keep the ``keep - 1`` best and one token that is the sum of all others, each times its score.
 
     The scores are attention, taken as it is: the weights do not add up to 1 (EViT).
@@ -90,7 +90,7 @@ def fuse(x: Tensor, scores: Tensor, keep: int, sizes: Tensor | None = None, trac
         scores: (S, N), higher = keep.
         keep: M, within [1, N], the fused token counted; N gives back the same tensor.
         sizes: (S, N) or None: ones; the fused row gets the sum.
-        trace: whether ``assign`` and ``weight`` are wanted.
+        trace: whether ``assign`` and ``weight`` are wanted; ``"assign"``: the former only.
 
     Returns:
         ``Reduced``; the fused row stands where the best of its sources stood (EViT appends it at the end; in an encoder
@@ -106,7 +106,7 @@ def fuse(x: Tensor, scores: Tensor, keep: int, sizes: Tensor | None = None, trac
     return _fold(x, order, keep, share, sizes, trace)
 
 
-def _fold(x: Tensor, order: Tensor, keep: int, share: Tensor, sizes: Tensor | None, trace: bool) -> Reduced:
+def _fold(x: Tensor, order: Tensor, keep: int, share: Tensor, sizes: Tensor | None, trace: Trace) -> Reduced:
     """Rows ``order[:, keep - 1:]`` become one, the sum by ``share`` (S, r + 1), at the place of the first of them."""
     low, best = order[:, keep - 1 :], order[:, keep - 1 : keep]
     kept = order[:, :keep].sort(-1).values
@@ -120,6 +120,8 @@ def _fold(x: Tensor, order: Tensor, keep: int, share: Tensor, sizes: Tensor | No
         return Reduced(x=out, kept=kept, sizes=new_sizes)
     assign = owners(kept, x.shape[1])
     assign.scatter_(1, low, place.expand(low.shape))
+    if trace == "assign":
+        return Reduced(x=out, kept=kept, sizes=new_sizes, assign=assign)
     weight = torch.zeros(*kept.shape, x.shape[1], dtype=share.dtype, device=x.device)
     weight.scatter_(2, kept[..., None], 1.0)
     row = torch.zeros(x.shape[:2], dtype=share.dtype, device=x.device).scatter_(1, low, share)
@@ -127,7 +129,7 @@ def _fold(x: Tensor, order: Tensor, keep: int, share: Tensor, sizes: Tensor | No
     return Reduced(x=out, kept=kept, sizes=new_sizes, assign=assign, weight=weight)
 
 
-def select(x: Tensor, kept: Tensor, sizes: Tensor | None = None, trace: bool = True) -> Reduced:
+def select(x: Tensor, kept: Tensor, sizes: Tensor | None = None, trace: Trace = True) -> Reduced:
     """Keep the rows ``kept`` (S, M), ascending, and delete the others.
 
     ``weight`` stays None: every row is the input row in ``kept``.
@@ -140,7 +142,7 @@ def select(x: Tensor, kept: Tensor, sizes: Tensor | None = None, trace: bool = T
     )
 
 
-def drop(x: Tensor, scores: Tensor, keep: int, sizes: Tensor | None = None, trace: bool = True) -> Reduced:
+def drop(x: Tensor, scores: Tensor, keep: int, sizes: Tensor | None = None, trace: Trace = True) -> Reduced:
     """Keep the ``keep`` tokens of highest score in their old order, delete the others.
 
     Args:
@@ -158,7 +160,7 @@ def drop(x: Tensor, scores: Tensor, keep: int, sizes: Tensor | None = None, trac
     return select(x, top(scores, keep)[0], sizes, trace)
 
 
-def stride(x: Tensor, keep: int, sizes: Tensor | None = None, trace: bool = True) -> Reduced:
+def stride(x: Tensor, keep: int, sizes: Tensor | None = None, trace: Trace = True) -> Reduced:
     """Keep rows ``i * N // keep`` for i = 0..keep - 1, delete the others: a control that looks at nothing."""
     check(x, keep)
     if keep == x.shape[1]:
@@ -167,7 +169,7 @@ def stride(x: Tensor, keep: int, sizes: Tensor | None = None, trace: bool = True
     return select(x, rows.expand(x.shape[0], keep), sizes, trace)
 
 
-def shift(x: Tensor, keep: int, sizes: Tensor | None = None, trace: bool = True) -> Reduced:
+def shift(x: Tensor, keep: int, sizes: Tensor | None = None, trace: Trace = True) -> Reduced:
     """The last token is averaged into the one before it and deleted, N - keep times; scores play no part.
 
     In one go: row keep - 1 becomes the sum of the rows behind it with weights 1/2, 1/4, ..., 2^-r, 2^-r.
@@ -176,7 +178,7 @@ def shift(x: Tensor, keep: int, sizes: Tensor | None = None, trace: bool = True)
         x: (S, N, D).
         keep: M, within [1, N]; N gives back the same tensor.
         sizes: (S, N) or None: ones; the last row gets the sum.
-        trace: whether ``assign`` and ``weight`` are wanted.
+        trace: whether ``assign`` and ``weight`` are wanted; ``"assign"``: the former only.
 
     Source: iLLaVA 3.4, mode 2 of the released code: a baseline.
     """
@@ -197,4 +199,5 @@ def shift(x: Tensor, keep: int, sizes: Tensor | None = None, trace: bool = True)
         return Reduced(x=out, kept=kept, sizes=new_sizes)
     assign = torch.arange(n, device=x.device).clamp(max=keep - 1).expand(s, n)
     mass = torch.cat([torch.ones(keep - 1, dtype=exact, device=x.device), share]).expand(s, n)
-    return Reduced(x=out, kept=kept, sizes=new_sizes, assign=assign, weight=mean_weight(assign, mass, keep))
+    weight = None if trace == "assign" else mean_weight(assign, mass, keep)
+    return Reduced(x=out, kept=kept, sizes=new_sizes, assign=assign, weight=weight)

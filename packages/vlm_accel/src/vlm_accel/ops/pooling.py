@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vlm_accel.methods.base import Reduced
+from vlm_accel.methods.base import Reduced, Trace
 from vlm_accel.ops._select import add_rows, check, identity, masses, mean_weight, wide
 
 __all__ = ["pool"]
@@ -17,7 +17,7 @@ def pool(
     grid: tuple[int, int] | None = None,
     index: Tensor | None = None,
     sizes: Tensor | None = None,
-    trace: bool = True,
+    trace: Trace = True,
 ) -> Reduced:
     """Average neighbouring tokens into ``keep`` means.
 
@@ -33,7 +33,7 @@ def pool(
         index: (S, N) place of each row in that grid; None: all rows are there (N = height * width).
         sizes: (S, N) source tokens of each row; None: ones. Means are weighted by them, so that a bin is the mean of
             its patches also where tokens were pooled before.
-        trace: whether ``assign`` and ``weight`` are wanted.
+        trace: whether ``assign`` and ``weight`` are wanted; ``"assign"``: the former only.
 
     Returns:
         ``Reduced``; a bin stands at the place of its middle token.
@@ -60,7 +60,9 @@ def pool(
     means = add_rows(means, owner, wide(x) * mass[..., None].to(means.dtype)) / total[..., None]
     reduced = Reduced(x=means.to(x.dtype), kept=kept, sizes=total)
     if trace:
-        reduced.assign, reduced.weight = owner, mean_weight(owner, mass, keep)
+        reduced.assign = owner
+    if trace is True:
+        reduced.weight = mean_weight(owner, mass, keep)
     return reduced
 
 

@@ -6,7 +6,7 @@ import torch
 from polymodal.errors import UserError
 from torch import Tensor
 
-from vlm_accel.methods.base import Reduced
+from vlm_accel.methods.base import Reduced, Trace
 from vlm_accel.ops._select import check, gather_rows, identity, masses, owners, places, ranked, wide
 
 __all__ = ["recycle"]
@@ -19,7 +19,7 @@ def recycle(
     pc_ratio: float = 0.05,
     neighbours: int = 5,
     sizes: Tensor | None = None,
-    trace: bool = True,
+    trace: Trace = True,
 ) -> Reduced:
     """Keep the best ``keep`` tokens; the last c of them become half themselves, half a mean of removed tokens.
 
@@ -34,7 +34,7 @@ def recycle(
         pc_ratio: share of the kept tokens that take in others, in [0, 1].
         neighbours: rows of R that each takes in, at least 1; fewer where R is smaller.
         sizes: (S, N) or None: ones; a removed token's size goes to its owner, that of a token without owner is lost.
-        trace: whether ``assign`` and ``weight`` are wanted.
+        trace: whether ``assign`` and ``weight`` are wanted; ``"assign"``: the former only.
 
     Returns:
         ``Reduced`` with rows in their old order. The owner of a removed token is the p that gave it the largest weight
@@ -74,7 +74,7 @@ def recycle(
     if not trace:
         return Reduced(x=out, kept=kept, sizes=new_sizes)
     assign = owners(kept, n).scatter_(1, rest, owner)
-    weight = _weights(kept, place, rest, share.detach().clamp(min=0), n)
+    weight = None if trace == "assign" else _weights(kept, place, rest, share.detach().clamp(min=0), n)
     return Reduced(x=out, kept=kept, sizes=new_sizes, assign=assign, weight=weight)
 
 
