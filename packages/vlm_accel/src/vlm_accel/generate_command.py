@@ -170,7 +170,8 @@ def _answer(vlm: Any, inputs: dict[str, Any], config: GenerateConfig, method: st
     if options["do_sample"]:
         options |= {"temperature": config.temperature, "top_p": config.top_p}
     plain = method in (None, "none")
-    with Watch(vlm.model) if plain else accelerated(config, vlm.model) as handle, torch.inference_mode():
+    context: Any = Watch(vlm.model) if plain else accelerated(config, vlm.model)
+    with context as handle, torch.inference_mode():
         ids = vlm.model.generate(**inputs, **options)
         stats = handle.stats
         report = "" if plain else handle.report()

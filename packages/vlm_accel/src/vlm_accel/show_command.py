@@ -76,13 +76,13 @@ def show_maps(config: ShowConfig) -> None:
 
 def pictures_of(
     vlm: Any, inputs: dict[str, Any], maps: list[Any], images: list[Image], frames: list[Image]
-) -> list[list[Image]]:
+) -> list[list[Any]]:
     """The pictures that the encoder saw, one list (tiles, frames) per map.
 
     Where the processor hands over tiles, they are taken back from its pixels, so that padding and cuts are exact. Where
     it hands over loose patches (Qwen), each map has its whole picture, or the first frame of its temporal slice.
     """
-    tiles = [
+    tiles: list[Any] = [
         *_tiles(vlm.processor, inputs.get("pixel_values")),
         *_tiles(vlm.processor, inputs.get("pixel_values_videos")),
     ]
@@ -95,7 +95,7 @@ def pictures_of(
     return [[picture] for picture in loose[: len(maps)]]
 
 
-def _tiles(processor: Any, pixels: Any) -> list[Image]:
+def _tiles(processor: Any, pixels: Any) -> list[Any]:
     """Pictures of pixel values (..., 3, H, W), padding tiles (all equal) left out; loose patches give none."""
     if pixels is None or pixels.dim() < 4:
         return []
