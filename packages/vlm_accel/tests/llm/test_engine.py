@@ -14,6 +14,8 @@ from transformers import DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from vlm_accel import accelerate
 from vlm_accel.budget import KVBudget
+from vlm_accel.llm.cache import Rows
+from vlm_accel.llm.masks import layer_mask
 from vlm_accel.merge_map import MergeMap
 from vlm_decoder import CACHE, decoder, generate, model, plain, steps
 
@@ -303,3 +305,29 @@ def test_every_decoder_method_leaves_what_it_counts() -> None:
                 left = 0 if name == "text_only" else 8
                 assert session.prefills[0].survivors[-1] == left, name
                 assert session.cache.layers[5].image.sum(1).tolist() == [left, left], name
+
+
+def test_the_model_without_its_head_is_accelerated_too() -> None:
+    net = model("llava")
+    batch = tiny.inputs("llava", net)
+    with decoder(net, "drop", HALVES):
+        want = plain(net, batch).logits
+    with decoder(net.model, "drop", HALVES) as session:
+        hidden = plain(net.model, batch).last_hidden_state
+        assert session.prefills[0].rows == [26, 26, 18, 18, 14, 14]
+        torch.testing.assert_close(net.lm_head(hidden), want)
+
+
+def test_masks_of_flash_attention_are_gathered_in_two_dimensions() -> None:
+    # the kernel itself cannot be installed here: only what it would be given is tested
+    index = torch.tensor([[-1, 0, 3], [1, 2, 5]])
+    rows = Rows(index, index >= 0, index < 0, holes=True)
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
+    given = {"keys": rows, "queries": None, "past": 0, "flash": True, "heads": 4, "dtype": torch.float32}
+    assert layer_mask(mask, **given).tolist() == [[0, 1, 1], [0, 1, 1]]
+    assert layer_mask(None, **given).tolist() == [[False, True, True], [True, True, True]]
+    whole = Rows(index.clamp(min=0), index >= -1, index < 0)
+    assert layer_mask(None, **{**given, "keys": whole}) is None
+    heads = Rows(index[:, None].expand(-1, 2, -1), index[:, None] >= 0, index[:, None] < 0, holes=True)
+    with pytest.raises(UserError, match="per_head=False"):
+        layer_mask(mask, **{**given, "keys": heads})

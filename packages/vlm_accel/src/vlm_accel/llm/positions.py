@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -20,9 +21,19 @@ __all__ = ["Rope", "gather_hidden", "gather_ids", "gather_rope", "head_counts", 
 Rope = tuple[Tensor, Tensor]
 
 
-def gather_hidden(x: Tensor, rows: Tensor) -> Tensor:
-    """Rows (B, r) of x (B, t, D) -> (B, r, D)."""
-    return x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
+def gather_hidden(x: Tensor, rows: Tensor, sample: Tensor | None = None) -> Tensor:
+    """Rows (S, r) of x (B, t, D) -> (S, r, D).
+
+    Args:
+        x: hidden states.
+        rows: int64.
+        sample: (S, 1) int64 sample of each line of ``rows``; None: line b is of sample b.
+    """
+    if sample is None:
+        sample = torch.arange(x.shape[0], device=x.device)[:, None]
+    flat = (rows + sample * x.shape[1]).flatten()
+    # whole rows are copied: three times as fast as gather with an expanded index on a CPU
+    return x.flatten(0, 1).index_select(0, flat).unflatten(0, rows.shape)
 
 
 def gather_rope(rope: Rope, rows: Tensor) -> Rope:
@@ -47,10 +58,14 @@ def _gather_table(table: Tensor, rows: Tensor) -> Tensor:
 
 def head_counts(attention: nn.Module) -> tuple[int, int, int]:
     """(H, K, d): query heads, key/value heads, head size."""
-    config: Any = attention.config
+    module: Any = attention
+    size, groups = getattr(module, "head_dim", None), getattr(module, "num_key_value_groups", None)
+    if size and groups and hasattr(module, "k_proj"):  # from the module: configs of transformers are slow to read
+        kv_heads = module.k_proj.out_features // size
+        return kv_heads * groups, kv_heads, size
+    config = module.config
     heads = int(config.num_attention_heads)
-    size = int(getattr(attention, "head_dim", None) or config.hidden_size // heads)
-    return heads, int(getattr(config, "num_key_value_heads", None) or heads), size
+    return heads, int(getattr(config, "num_key_value_heads", None) or heads), int(size or config.hidden_size // heads)
 
 
 def rotated_queries(attention: nn.Module, hidden: Tensor, rope: Rope | None, rows: Tensor | None = None) -> Tensor:

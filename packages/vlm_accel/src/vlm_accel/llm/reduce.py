@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vlm_accel.llm.positions import gather_hidden
 from vlm_accel.llm.scores import SCORES, LayerView
 from vlm_accel.methods.base import Tokens
 
@@ -57,7 +58,7 @@ def reduce_rows(
             keep[sample, rows] = True
             continue
         tokens = Tokens(
-            x=x[sample, rows], stage="llm", layer=plan.step.layer if plan.step else 0,
+            x=gather_hidden(x, rows, sample), stage="llm", layer=plan.step.layer if plan.step else 0,
             scores=None if scores is None else scores[sample, rows], sizes=stage.sizes[sample, rows],
             index=stage.origin[sample, rows], keys=_heads(keys, sample, rows), queries=_heads(queries, sample, rows),
             seed=seed, span=group.number, trace=tracer is not None,
