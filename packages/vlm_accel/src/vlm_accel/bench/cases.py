@@ -49,7 +49,8 @@ class Case:
         methods: Any = [
             create(name, **(self.options if "+" not in self.method else {})) for name in names_of(self.method)
         ]
-        schedule: Any = None if self.schedule is None else parse_schedule(self.schedule)
+        known = self.schedule is None or self.schedule in PRESETS  # a preset brings its cache budget, too
+        schedule: Any = self.schedule if known else parse_schedule(self.schedule)
         ratio = self.ratio
         if ratio is not None and "@vision" in self.method:
             schedule, ratio = [Taper(ratio)], None

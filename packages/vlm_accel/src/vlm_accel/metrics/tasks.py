@@ -53,7 +53,7 @@ TASKS: dict[str, TaskInfo] = {
     **_tasks("nocaps flickr30k", "cider", "Provide a one-sentence caption for the provided image.", "cider"),
     **_tasks("mmvet videochatgpt video_detail activitynet_qa", "judge", ""),
 }
-"""by name, lower case with _; ``task_info`` finds them without _ too"""
+"""by name; ``task_info`` overlooks case, - and _"""
 
 
 def task_info(task: str, metric: str | None = None) -> TaskInfo:
@@ -64,8 +64,8 @@ def task_info(task: str, metric: str | None = None) -> TaskInfo:
     """
     if metric is not None and metric not in METRICS:
         raise UserError(f"--metric {metric}: unknown; {did_you_mean(metric, METRICS)}known: {', '.join(METRICS)}")
-    name = task.lower().replace("-", "_")
-    found = TASKS.get(name) or next((info for key, info in TASKS.items() if key.replace("_", "") == name), None)
+    name = task.lower().replace("-", "").replace("_", "")
+    found = next((info for key, info in TASKS.items() if key.replace("_", "") == name), None)
     if metric is None:
         return found or TaskInfo("exact")
     main = {"mme": "total", "anls": "anls", "cider": "cider"}.get(metric, "accuracy")
