@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import vlm_tiny as tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from polymodal.errors import UserError
 from torch.nn import functional as F
 from vlm_accel import KVBudget, Step, accelerate
@@ -162,6 +164,55 @@ def test_merged_and_evicted_padded():
     assert close(runs[1][0], runs[0][0], 2e-6)
 
 
+@pytest.mark.parametrize("name", ["lightvlm", "lightvlm+h2o", "lightvlm+random_kv"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_merged_and_evicted_batch_is_its_samples(family, name):
+    """Samples of unequal length, merged, padded on the left by the engine, then evicted."""
+    schedule = [Step("llm", 2, ratio=0.5), Step("llm", 4, ratio=0.5)]
+    both = tiny.inputs(family, build(family), batch=2, text=7, pad=3)
+    model = build(family)
+    with accelerate(model, name, schedule=schedule, kv=SMALL):
+        logits, tokens = run(model, both)
+        for sample in range(2):
+            keep = both["attention_mask"][sample].bool()
+            one = {
+                key: value[sample : sample + 1, keep] for key, value in both.items() if value.shape[1:] == keep.shape
+            }
+            half = len(both["pixel_values"]) // 2
+            one["pixel_values"] = both["pixel_values"][sample * half : (sample + 1) * half]
+            if "image_grid_thw" in both:
+                one["image_grid_thw"] = both["image_grid_thw"][sample : sample + 1]
+            single, same = run(model, one)
+            assert torch.equal(tokens[sample : sample + 1], same)
+            assert close(logits[:, sample : sample + 1], single, 2e-6)
+
+
+@given(
+    entries=st.integers(1, 14), sink=st.integers(0, 3), recent=st.integers(0, 4), window=st.integers(1, 6),
+    interval=st.integers(1, 5), pool=st.sampled_from([1, 3]), per_head=st.booleans(), pad=st.sampled_from([0, 3]),
+    name=st.sampled_from(["window_kv", "h2o", "random_kv", "streaming_llm", "tova"]),
+)  # fmt: skip
+@settings(deadline=None, max_examples=15, derandomize=True)
+def test_any_budget_holds(entries, sink, recent, window, interval, pool, per_head, pad, name):
+    budget = KVBudget.uniform(
+        max(entries, sink + recent, 1), sink=sink, recent=recent, window=window, interval=interval, pool=pool,
+        per_head=per_head,
+    )  # fmt: skip
+    logits, tokens, watch, _ = accelerated("llama", create(name), budget, 6, pad=pad)
+    assert logits.isfinite().all()
+    for step, call in enumerate(watch.calls[1:]):
+        now = pad + 13 + step
+        for layer in call:
+            for head in layer[0]:
+                assert head == sorted(set(head))
+                assert head[:sink] == list(range(pad, pad + sink))
+                assert head[len(head) - recent :] == list(range(now - recent, now))
+                assert len(head) <= max(budget.value, 1) + interval - 1
+    with Blinkers(build("llama"), watch.calls):
+        masked, _ = run(build("llama"), prompt("llama", pad), 6, tokens)
+    assert close(logits, masked, 3e-6)
+
+
 def test_pyramidkv_shares():
     inputs = tiny.inputs("llama", build("llama"), text=100)
     _, _, watch, _ = accelerated(
@@ -284,6 +335,56 @@ def test_ring_keeps_the_last_rows_and_follows_beams():
     assert ring.last(2).hidden.shape == (2, 2, 1)
 
 
+def test_rerotated_cache_is_a_prompt_of_the_kept_tokens():
+    """In a model of one layer keys know nothing of other tokens: a cache without gaps is that of a shorter prompt."""
+    model = tiny.build("llama", num_hidden_layers=1)
+    inputs = prompt("llama")
+    method = create("streaming_llm", rerotate=True)
+    with accelerate(model, method, kv="uniform:6,sink=2,recent=1,window=1,interval=2"):
+        logits, tokens = run(model, inputs, 8)
+    whole = torch.cat([inputs["input_ids"], tokens], 1)[0]
+    kept = [0, 1, 9, 10, 11, 12]
+    for step in range(1, 8):
+        kept.append(12 + step)
+        with torch.no_grad():
+            want = model(whole[kept][None]).logits[:, -1]
+        assert close(logits[step], want, 2e-6)
+        if len(kept) == 6 + 2:
+            kept = kept[:2] + kept[-4:]
+    assert kept[2] > 13  # several compressions, the prompt's middle long gone
+
+
+def test_rerotation_refuses_three_axes():
+    with pytest.raises(UserError, match="M-RoPE"):
+        accelerated("qwen2_vl", create("streaming_llm", rerotate=True))
+
+
+@pytest.mark.parametrize(
+    "name", ["snapkv", "h2o", "streaming_llm", "tova", "adakv", "random_kv", "recent_kv", "lightvlm"]
+)
+@pytest.mark.parametrize("family", ["qwen2", "phi3"])
+def test_language_models_by_name(family, name):
+    """The promised call: a name and a share."""
+    inputs = tiny.inputs(family, build(family), text=160)
+    with accelerate(build(family), name, kv="ratio:0.5"), Watch(build(family)) as watch:
+        run(build(family), inputs, 3)
+    for layer in watch.cache.layers:
+        assert kept_entries(layer) == 80 + (0 if name == "tova" else 2)
+        assert layer.physical == (162 if name == "adakv" else kept_entries(layer))
+        assert layer.get_seq_length() == 162
+
+
+@pytest.mark.parametrize(
+    "name", ["snapkv", "h2o", "streaming_llm", "tova", "pyramidkv", "adakv", "random_kv", "recent_kv"]
+)
+def test_methods_bring_a_budget(name):
+    inputs = tiny.inputs("llama", build("llama"), text=160)
+    with accelerate(build("llama"), name), Watch(build("llama")) as watch:
+        run(build("llama"), inputs, 2)
+    mean = sum(kept_entries(layer) for layer in watch.cache.layers) / 6
+    assert mean == pytest.approx(80, abs=1)
+
+
 # ---- kvpress-like scorers
 
 
@@ -326,6 +427,7 @@ class Recorder:
     def score(self, module, hidden_states, keys, values, attentions, kwargs):
         cos, _ = kwargs["position_embeddings"]
         position = kwargs["cache_position"]
+        assert module.rotary_emb(hidden_states, position[None])[0].shape == cos.shape
         assert cos.shape[1] == hidden_states.shape[1] == position.shape[0]
         assert values.shape == keys.shape
         self.seen.append((module.layer_idx, position.tolist(), keys.shape[2], kwargs["past_key_values"] is not None))
@@ -357,6 +459,7 @@ def test_kvpress_arguments():
     assert scorer.seen[0] == (0, list(range(13)), 13, True)
     assert scorer.seen[6] == (0, list(range(12, 16)), 13, True)  # three steps later: the last window of inputs
     assert len(scorer.seen) == 12
+    assert not hasattr(build("llama").model.layers[0].self_attn, "rotary_emb")
 
 
 def test_kvpress_padding_goes_first():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -26,7 +28,8 @@ class ScorerMethod(CacheMethod):
     What it gets: ``hidden_states`` (B, q, D), the whole input of the attention after a prefill, the last inputs while
     decoding (as in kvpress' DecodingPress); ``keys`` and ``values`` (B, K, n, d) as cached; ``attentions`` None (no map
     is made; scorers that need one cannot run); ``kwargs`` of the attention call, with ``position_embeddings`` of just
-    those hidden states and with ``cache_position`` (q,), which transformers 5 no longer passes.
+    those hidden states and with ``cache_position`` (q,), which transformers 5 no longer passes. While it runs, the
+    attention module has ``rotary_emb``, which kvpress sets too.
 
     Padding, protected entries and the budget are the engine's; scorers that assume a batch without padding score it
     all the same, and padding still goes first.
@@ -70,10 +73,24 @@ class ScorerMethod(CacheMethod):
             "cache_position": torch.arange(end - hidden.shape[1], end, device=hidden.device),
         }
         kwargs.setdefault("past_key_values", kwargs.get("cache"))
-        scores = self.scorer.score(view.module, hidden, view.keys, view.values, None, kwargs)
+        with _rotary(view.module, view.kwargs.get("rotary_emb")):
+            scores = self.scorer.score(view.module, hidden, view.keys, view.values, None, kwargs)
         if not isinstance(scores, torch.Tensor) or tuple(scores.shape) != tuple(view.keys.shape[:3]):
             got = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
             raise UserError(
                 f"{type(self.scorer).__name__}.score gave {got}; expected (B, K, n) = {tuple(view.keys.shape[:3])}"
             )
         return scores.float()
+
+
+@contextmanager
+def _rotary(module: Any, rotary: Any) -> Iterator[None]:
+    """The decoder's rotary embedding at its attention module, as a plain attribute and for this long only."""
+    if rotary is None or hasattr(module, "rotary_emb"):
+        yield
+        return
+    module.__dict__["rotary_emb"] = rotary
+    try:
+        yield
+    finally:
+        del module.__dict__["rotary_emb"]
