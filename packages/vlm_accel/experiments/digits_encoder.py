@@ -4,7 +4,7 @@ The CPU experiment of iLLaVA section 8: scikit-learn's digits at random places o
 uniform noise up to .15; 49 patches of 2 x 2; timm's ViT with width 48, 4 blocks, 4 heads; 1,500 AdamW steps of 64 (one
 cycle, 3e-3, weight decay .02); then fewer patches at blocks 0, 1, 2. Two readouts (class token, mean of the patches),
 three seeds. Test: 720 canvases of digits that training never saw. Training is a plain loop of torch: it is a minute of
-CPU with its data drawn on the spot, and no run of it is kept.
+CPU with its data drawn on the spot.
 
     python packages/vlm_accel/experiments/digits_encoder.py run
     python packages/vlm_accel/experiments/digits_encoder.py table
@@ -134,13 +134,30 @@ def path_of(readout: str, name: str, seed: int) -> Path:
     return RESULTS / f"{readout}-{name}-seed{seed}.json"
 
 
-def run(seeds: Sequence[int], readouts: Sequence[str]) -> None:
+def trained(readout: str, seed: int, weights: Path | None) -> tuple[nn.Module, float]:
+    """(model, seconds) from ``weights`` where it is there, else trained and kept there."""
+    path = None if weights is None else weights / f"{readout}-seed{seed}.pt"
+    if path is not None and path.exists():
+        kept = torch.load(path, weights_only=True)
+        model = build(readout, seed)
+        model.load_state_dict(kept["model"])
+        return model.eval(), float(kept["seconds"])
+    model, seconds = train(readout, seed)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"model": model.state_dict(), "seconds": seconds}, path)
+    return model, seconds
+
+
+def run(seeds: Sequence[int], readouts: Sequence[str], weights: Path | None = None) -> None:
     """Train where a cell is missing, and measure the missing cells."""
     for seed, readout in itertools.product(seeds, readouts):
         missing = [name for name in cells(readout) if not path_of(readout, name, seed).exists()]
         if not missing:
             continue
-        model, seconds = train(readout, seed)
+        for method, options in METHODS.values():
+            create(method, **options)  # a broken one shows before the training, not after it
+        model, seconds = trained(readout, seed, weights)
         for name in missing:
             found = measure(model, readout, name, seed)
             RESULTS.mkdir(parents=True, exist_ok=True)
@@ -194,10 +211,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("what", choices=("run", "table"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--readouts", nargs="+", choices=READOUTS, default=READOUTS)
+    parser.add_argument("--weights", type=Path, help="folder that keeps trained models; default: they are not kept")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if given.what == "run":
-        run(given.seeds, given.readouts)
+        run(given.seeds, given.readouts, given.weights)
     for line in table():
         sys.stdout.write(line + "\n")
 
