@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from polymodal.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -212,6 +211,8 @@ def spread(small: Packing, large: Packing, side: Sequence[int], full: Sequence[i
 
     Cell (r, c) of a grid of R x C goes to cell (floor((r + .5) H / R), floor((c + .5) W / C)) of the H x W one, a
     newline to that line's newline, base cells likewise within the base: in order, one row each, all over the picture.
+    Unpadding rounds to whole cells on both sides, so that a small grid may have a line more than the full one (R > H,
+    small pictures only): then H of its lines, evenly chosen, are placed; columns likewise.
 
     Args:
         small: packing whose rows are placed.
@@ -219,28 +220,33 @@ def spread(small: Packing, large: Packing, side: Sequence[int], full: Sequence[i
         side: (height, width) of a tile in the small one.
         full: (height, width) of a tile in the large one.
 
-    Where rounding gives the smaller grid more lines or columns than the full one (slivers of pictures), its rows are
-    spread evenly over those of the full grid.
-
     Returns:
-        (P_small,) int64, ascending.
-
-    Raises:
-        UserError: more rows than there are.
+        (P_small,) int64, ascending; -1: not placed.
     """
-    first = int(large.base.sum())
-    (lines, columns), (height, width) = small.size, large.size
     y, x = np.divmod(small.column, side[1])
     within = (y + 0.5) * full[0] // side[0] * full[1] + (x + 0.5) * full[1] // side[1]
-    target = np.where(small.base, within, 0).astype(np.int64)
+    target = np.where(small.base, within, -1).astype(np.int64)
+    first = int(large.base.sum())
+    if (
+        not small.size[0] or not large.size[0]
+    ):  # only a base, or a sliver that is all padding: newlines are all there is
+        ends, places = np.flatnonzero(small.newline), np.flatnonzero(large.newline)
+        most = min(len(ends), len(places))
+        target[ends[:most]] = places[:most]
+        return target
+    down, across = (_places(*lengths) for lengths in zip(small.size, large.size, strict=True))
     rest = ~small.base
-    count, room = int(rest.sum()), large.rows - first
-    if count > room:
-        raise UserError("a picture is too narrow for layout='pseudo_grid'; use layout='scatter'")
-    if lines and lines <= height and columns <= width:
-        down = (small.line + 0.5) * height // lines
-        across = np.where(small.newline, width, (small.column + 0.5) * width // columns)
-        target[rest] = (first + down * (width + bool(large.newline.any())) + across)[rest]
-    else:
-        target[rest] = first + (np.arange(count) + 0.5) * room // max(count, 1)
+    line = down[small.line]
+    column = np.where(small.newline, large.size[1], across[np.minimum(small.column, small.size[1] - 1)])
+    width = large.size[1] + bool(large.newline.any())
+    target[rest] = np.where((line < 0) | (column < 0), -1, first + line * width + column)[rest]
     return target
+
+
+def _places(few: int, many: int) -> np.ndarray:
+    """(few,) int64 place among ``many`` of each of ``few`` lines; -1: left out, because there are more of them."""
+    if few <= many:
+        return ((np.arange(few) + 0.5) * many // few).astype(np.int64)
+    places = np.full(few, -1, np.int64)
+    places[((np.arange(many) + 0.5) * few // many).astype(np.int64)] = np.arange(many)
+    return places

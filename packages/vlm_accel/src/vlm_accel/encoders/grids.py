@@ -90,7 +90,7 @@ class Grids:
     def __init__(self, inner: Any) -> None:
         self.inner = inner
         self._known: dict[tuple[Picture, tuple[int, int]], Packing] = {}
-        self._targets: dict[tuple[Picture, tuple[int, int], tuple[int, int], Any], Tensor] = {}
+        self._targets: dict[tuple[Picture, tuple[int, int], tuple[int, int], Any], tuple[Tensor, Tensor]] = {}
 
     def shape_of(self, size: tuple[int, int]) -> tuple[int, int]:
         """(rows, columns) of tiles that the model cuts a picture of ``size`` into."""
@@ -220,7 +220,7 @@ class Grids:
         parts = []
         for picture, _ in split:
             none = torch.zeros(self.packing(picture, grid).rows, dtype=torch.bool, device=device)
-            parts.append(none.index_fill(0, self.targets(picture, side, grid, device), True))
+            parts.append(none.index_fill(0, self.targets(picture, side, grid, device)[1], True))
         return parts
 
     # ---- pseudo grids
@@ -240,18 +240,22 @@ class Grids:
             )
         return root, root
 
-    def targets(self, picture: Picture, side: tuple[int, int], grid: tuple[int, int], device: Any) -> Tensor:
-        """(P_small,) rows of the full packing that carry the small one's, copied to the device once."""
+    def targets(
+        self, picture: Picture, side: tuple[int, int], grid: tuple[int, int], device: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Rows of the small packing that are placed, and the rows of the full one that carry them; on the device."""
         key = (picture, side, grid, device)
         if key not in self._targets:
             found = spread(self.packing(picture, side), self.packing(picture, grid), side, grid)
-            self._targets[key] = torch.from_numpy(found).to(device)
+            chosen = np.flatnonzero(found >= 0)
+            self._targets[key] = torch.from_numpy(chosen).to(device), torch.from_numpy(found[chosen]).to(device)
         return self._targets[key]
 
     def placed(self, picture: Picture, side: tuple[int, int], grid: tuple[int, int], small: Tensor) -> Tensor:
         """Rows (..., P_small, C) of a small packing at their places in the full one, zeros elsewhere."""
         full = small.new_zeros(*small.shape[:-2], self.packing(picture, grid).rows, small.shape[-1])
-        return full.index_copy(-2, self.targets(picture, side, grid, small.device), small)
+        chosen, places = self.targets(picture, side, grid, small.device)
+        return full.index_copy(-2, places, small.index_select(-2, chosen))
 
     # ---- maps
 
@@ -290,8 +294,12 @@ class Grids:
         assert grid is not None
         counts = [left.counts[tile] for tile in tiles]
         if current.small:
-            packing = self.packing(picture, self.square(left))
-            alive = np.ones(packing.rows + current.front + _extra(alive, current, self.packing(picture, grid)), bool)
+            side = self.square(left)
+            packing = self.packing(picture, side)
+            chosen = self.targets(picture, side, grid, call.state.index.device)[0].cpu().numpy()
+            extra = len(alive) - self.packing(picture, grid).rows - current.front
+            alive = np.ones(packing.rows + current.front + extra, bool)
+            alive[current.front : current.front + packing.rows] = np.isin(np.arange(packing.rows), chosen)
             row_of = np.arange(sum(counts))
         else:
             packing = self.packing(picture, grid)
@@ -305,11 +313,6 @@ class Grids:
 def _ends(current: Current, parts: int) -> range:
     """Frames that end a video: its newline stands behind them."""
     return range(current.frames - 1, parts, current.frames) if current.frames else range(0)
-
-
-def _extra(alive: np.ndarray, current: Current, packing: Packing) -> int:
-    """Rows of a segment behind its packing: the newline of a video."""
-    return len(alive) - packing.rows - current.front
 
 
 def _row_of(
