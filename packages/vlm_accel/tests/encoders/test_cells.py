@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import re
+import sys
 from functools import cache
 from typing import Any
 
@@ -15,6 +17,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from polymodal.errors import UserError
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from vlm_accel import Step, accelerate, methods, resolve
 from vlm_accel.encoders.cells import cell_order
 from vlm_accel.families import family_of, load_encoder
@@ -116,6 +119,26 @@ def test_cells_are_counted_as_promised() -> None:
     assert record.left == [672]
     assert rows.sum().item() == 672 // 4
     assert stats["ideal/vision_speedup"] > 1.5
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_macs_agree_with_the_flop_counter(name: str) -> None:
+    """Blocks shortened by a rule without scores, and as they are: exactly half of the floating-point operations."""
+    net, given = model(name, "eager"), pictures(batch(name))
+    block = re.compile(r"(blocks|encoder\.layers?)\.\d+$")
+
+    def counted() -> float:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            net.model.get_image_features(**given)
+        found = counter.get_flop_counts()
+        return sum(sum(found[key].values()) for key in found if block.search(key)) / 2
+
+    with accelerate(net, "stride", schedule=steps(name)) as handle:
+        short = counted()
+        stats = handle.stats
+    assert stats["macs/vision"] == short
+    assert stats["macs/vision_plain"] == counted()
+    assert short < 0.7 * stats["macs/vision_plain"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -230,8 +253,6 @@ def test_the_most_attended_cells_survive_fastervlm(name: str) -> None:
     seen: list[Tensor] = []
     block = encoder.blocks[-1]
     attention = next(getattr(block, part) for part in ("attn", "attention", "self_attn") if hasattr(block, part))
-    import sys
-
     module = sys.modules[type(attention).__module__]
     kernel = module.eager_attention_forward
 
