@@ -8,7 +8,7 @@ import logging
 import shutil
 import tempfile
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +74,7 @@ def train_built_in(config: BenchConfig, run: Run) -> None:
 def _store(model: Any, folder: Path) -> None:
     from vlm_accel.bench.model import save_vlm
 
+    _no_bars()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
@@ -94,6 +95,13 @@ def _store(model: Any, folder: Path) -> None:
         raise UserError(f"the built-in model cannot be written to {temporary} ({error.strerror})") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _no_bars() -> None:
+    """No progress bars of transformers for a file of 1.3 MB."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def built_in_model(config: BenchConfig | None = None, attn: str = "sdpa") -> VisionLanguageModel:
@@ -118,6 +126,7 @@ def load_built_in(config: BenchConfig, attn: str = "sdpa") -> VisionLanguageMode
     """The model from the cache."""
     from vlm_accel.loading import load_model
 
+    _no_bars()
     return load_model(cached_folder(config), "float32", "cpu", attn)
 
 
@@ -154,8 +163,3 @@ def example_answer(seed: int = 0, kind: str = _DEFAULT) -> str:
 def _drawn(seed: int, kind: str) -> world.Samples:
     number = derive(seed, "example") % 10_000
     return world.draw_samples(world.WorldOptions(), "test", np.array([number]), np.array([world.KINDS.index(kind)]))
-
-
-def small_config(config: BenchConfig, **trainer: Any) -> BenchConfig:
-    """``config`` with other trainer settings."""
-    return replace(config, trainer=replace(config.trainer, **trainer))

@@ -10,6 +10,7 @@ from typing import Any
 from polymodal.errors import UserError
 
 from vlm_accel.bench.settings import BenchConfig
+from vlm_accel.budget import KVBudget
 from vlm_accel.methods import METHODS, create
 from vlm_accel.presets import PRESETS
 from vlm_accel.schedule import Pyramid, Schedule, Step, Taper, pyramid
@@ -49,8 +50,9 @@ class Case:
         methods: Any = [
             create(name, **(self.options if "+" not in self.method else {})) for name in names_of(self.method)
         ]
-        known = self.schedule is None or self.schedule in PRESETS  # a preset brings its cache budget, too
-        schedule: Any = self.schedule if known else parse_schedule(self.schedule)
+        schedule: Any = self.schedule  # a preset by its name: it brings its cache budget, too
+        if self.schedule is not None and self.schedule not in PRESETS:
+            schedule = parse_schedule(self.schedule)
         ratio = self.ratio
         if ratio is not None and "@vision" in self.method:
             schedule, ratio = [Taper(ratio)], None
@@ -102,6 +104,8 @@ def all_cases(config: BenchConfig) -> list[Case]:
         seen.add(row.label)
         if row.schedule is not None:
             parse_schedule(row.schedule)
+        if row.kv is not None:
+            KVBudget.parse(row.kv)
     return rows
 
 

@@ -50,7 +50,7 @@ def build_vlm(seed: int = 0, attn: str = "sdpa") -> Any:
         bos_token_id=world.BOS, eos_token_id=world.EOS, pad_token_id=world.PAD,
     )  # fmt: skip
     config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_id=world.IMAGE, vision_feature_layer=-2,
+        vision_config=vision, text_config=text, image_token_index=world.IMAGE, vision_feature_layer=-2,
         vision_feature_select_strategy="default", image_seq_length=world.TOKENS, tie_word_embeddings=False,
     )  # fmt: skip
     config._attn_implementation = attn

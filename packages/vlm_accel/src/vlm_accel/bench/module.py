@@ -12,7 +12,7 @@ from polymodal.seeding import derive
 from polymodal.task import TaskModule
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from vlm_accel.bench import world
 from vlm_accel.bench.model import VISION_WIDTH, build_vlm, pixels_of
@@ -76,6 +76,11 @@ class DigitReader(TaskModule):
         config: rate.
         seed: root seed.
     """
+
+    mask: Tensor
+    positions: Tensor
+    answers: Tensor
+    vlm: Any
 
     def __init__(self, config: BuiltInConfig, seed: int = 0) -> None:
         super().__init__(seed)
@@ -179,7 +184,7 @@ class CanvasData(L.LightningDataModule):
         return DataLoader(_Rows(self.parts["val"]), batch_size=self.config.batch_size, collate_fn=_stack)
 
 
-class _Rows:
+class _Rows(Dataset[tuple[dict[str, Tensor], int]]):
     """Row numbers of a table of tensors; samplers of ours give (row, epoch)."""
 
     def __init__(self, table: dict[str, Tensor]) -> None:

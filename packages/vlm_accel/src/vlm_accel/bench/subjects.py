@@ -134,7 +134,8 @@ class JsonlSubject(Subject):
             images = [read_image(path) for path in sample.images]
             video = read_video(sample.video, self.config.frames) if sample.video is not None else None
             made.append(self.vlm.prompt(prompt_text(sample), images, video))
-        return collate(made, self.vlm.model.generation_config.pad_token_id or 0)
+        model: Any = self.vlm.model
+        return collate(made, model.generation_config.pad_token_id or 0)
 
     def score(self, ids: list[Tensor]) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Metrics of every task, and the predictions."""

@@ -90,13 +90,13 @@ def prompt_of(kind: str) -> list[int]:
 
 def answer_of(kind: str, left: int, right: int) -> list[int]:
     """Token ids of the right answer, ``<eos>`` at the end."""
-    words = {
-        "left": [left],
-        "right": [right],
-        "both": [left, right],
-        "describe": ["left", left, "right", right],
-    }[kind]
-    return [*(IDS[str(word)] for word in words), EOS]
+    words: dict[str, tuple[str | int, ...]] = {
+        "left": (left,),
+        "right": (right,),
+        "both": (left, right),
+        "describe": ("left", left, "right", right),
+    }
+    return [*(IDS[str(word)] for word in words[kind]), EOS]
 
 
 def draw_samples(options: WorldOptions, split: str, numbers: np.ndarray, kinds: np.ndarray | None = None) -> Samples:
@@ -109,14 +109,16 @@ def draw_samples(options: WorldOptions, split: str, numbers: np.ndarray, kinds: 
         kinds: (n,) numbers in ``KINDS``; None: canvas i is asked the question i modulo 4.
     """
     kinds = numbers % len(KINDS) if kinds is None else kinds
-    canvases, digits = zip(*(_canvas(options, split, int(number)) for number in numbers), strict=True)
-    pairs = np.array(digits, dtype=np.int64)
+    drawn = [_canvas(options, split, number) for number in numbers.tolist()]
+    pairs = np.array([digits for _, digits in drawn], dtype=np.int64)
     answers = np.full((len(numbers), ANSWER), PAD, dtype=np.int64)
     for row, (kind, (left, right)) in enumerate(zip(kinds.tolist(), pairs.tolist(), strict=True)):
         ids = answer_of(KINDS[kind], left, right)
         answers[row, : len(ids)] = ids
     prompts = np.array([prompt_of(KINDS[kind]) for kind in kinds.tolist()], dtype=np.int64)
-    return Samples(np.stack(canvases), pairs, np.asarray(kinds, dtype=np.int64), prompts, answers)
+    return Samples(
+        np.stack([canvas for canvas, _ in drawn]), pairs, np.asarray(kinds, dtype=np.int64), prompts, answers
+    )
 
 
 def fingerprint(options: WorldOptions) -> str:
