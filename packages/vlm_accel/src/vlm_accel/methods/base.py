@@ -87,8 +87,8 @@ class Reduced:
         kept: (S, M) int64, ascending: the input row whose position each output row has.
         sizes: (S, M) float32; None: the method keeps no sizes (the engine gathers the old ones).
         assign: (S, N) int64 in [0, M), or -1 for a row that went nowhere; only with ``trace`` (else None allowed).
-        weight: (S, M, N) float32, rows sum to 1 where the rule is a mean; only with ``trace``. None with ``assign`` there:
-            every row is the input row in ``kept`` (rules that only delete), or ``trace`` was ``"assign"``.
+        weight: (S, M, N) float32, rows sum to 1 where the rule is a mean; only with ``trace``. None
+            beside an ``assign``: every row is the input row in ``kept`` (nothing merged), or ``trace`` is ``"assign"``.
         key_bias: (S, M) float32 added to the attention logits of each key in later blocks (ToMe's log sizes), or None.
 
     Unpacks in this order: ``tokens, kept, assign, sizes, weight, key_bias = ops.recycle(x, scores, keep)``.
