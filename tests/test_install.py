@@ -63,7 +63,23 @@ def test_installs_and_runs_alone(
     assert method in call(programs / "polymodal", "report", "runs", cwd=tmp_path, **home)
 
 
-@pytest.mark.parametrize("module", ["polymodal", "vlm_accel", "missing_modal"])
+def test_vlm_accel_benches_alone(environment: Path, tmp_path: Path) -> None:
+    call("uv", "venv", tmp_path / "venv", cwd=tmp_path)
+    programs = tmp_path / "venv" / "bin"
+    options = ("--python", programs / "python", "--find-links", environment / "dist")
+    call("uv", "pip", "install", *options, "polymodal-vlm-accel", cwd=tmp_path)
+    installed = call("uv", "pip", "list", "--python", programs / "python", cwd=tmp_path)
+    ours = {line.split()[0] for line in installed.splitlines() if line.startswith("polymodal")}
+    assert ours == {"polymodal", "polymodal-vlm-accel"}
+    for command in ("vlm-generate", "vlm-show"):
+        assert "--images" in call(programs / command, "--help", cwd=tmp_path)
+    assert "schedule: ov_image" in call(programs / "vlm-bench", "--config", "ov_image", "--print_config", cwd=tmp_path)
+    home = {"HOME": str(tmp_path), "POLYMODAL_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    assert "run folder" in call(programs / "vlm-bench", "--config", "smoke", cwd=tmp_path, **home)
+    assert "lightvlm" in call(programs / "vlm-generate", "--list-methods", cwd=tmp_path, **home)
+
+
+@pytest.mark.parametrize("module", ["polymodal", "missing_modal"])
 def test_others_install_alone(environment: Path, module: str, tmp_path: Path) -> None:
     distribution = "polymodal" if module == "polymodal" else f"polymodal-{module.replace('_', '-')}"
     call("uv", "venv", tmp_path / "venv", cwd=tmp_path)
