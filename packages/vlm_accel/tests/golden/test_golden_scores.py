@@ -78,6 +78,14 @@ def test_a_bool_mask_hides_keys_also_with_a_key_bias():
         assert torch.allclose(scores.sum(1), torch.ones(1))
 
 
+def test_grouped_keys_and_rows_of_padding_take_the_same_way_as_with_a_mask():
+    query, key = torch.randn(2, 4, 9, 3), torch.randn(2, 2, 9, 3)
+    rows = torch.rand(2, 9) < 0.7
+    nothing = torch.zeros(1, 1, 1, 9)
+    found = attention_map(query, key, 0.5, rows=rows, chunk=4)
+    assert torch.allclose(found, attention_map(query, key, 0.5, nothing, rows=rows), atol=1e-6)
+
+
 def test_bfloat16_is_scored_in_float32():
     query, key = torch.randn(1, 2, 40, 8).bfloat16(), torch.randn(1, 2, 40, 8).bfloat16()
     assert torch.equal(importance(query, key, 0.5, "received"), importance(query.float(), key.float(), 0.5, "received"))
@@ -98,3 +106,12 @@ def test_a_packed_row_is_split_by_the_lengths_that_the_adapter_names():
 def test_an_unknown_score_is_refused():
     with pytest.raises(UserError, match="received, cls, lse or none"):
         importance(torch.randn(1, 1, 3, 2), torch.randn(1, 1, 3, 2), 1.0, "last")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", ["received", "cls", "lse"])
+def test_half_precision_on_a_gpu_is_scored_as_a_float32_copy(kind):
+    query, key = torch.randn(2, 4, 300, 64).bfloat16(), torch.randn(2, 4, 300, 64).bfloat16()
+    found = importance(query.cuda(), key.cuda(), 0.125, kind, prefix=1).cpu()
+    assert torch.allclose(found, importance(query, key, 0.125, kind, prefix=1), rtol=1e-4, atol=1e-6)

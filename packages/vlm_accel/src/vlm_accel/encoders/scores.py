@@ -53,7 +53,7 @@ def logits(query: Tensor, key: Tensor, scaling: float, bias: Tensor | None = Non
     key = key.reshape(s * groups, -1, dim).transpose(1, 2)
     if query.dtype not in (torch.float16, torch.bfloat16):
         out = torch.bmm(query, key)
-    elif query.is_cuda:
+    elif query.is_cuda and torch.__version__ >= "2.8":  # compares as a version; older ones lack out_dtype
         out = torch.bmm(query, key, out_dtype=torch.float32)
     else:
         out = torch.bmm(query.float(), key.float())
