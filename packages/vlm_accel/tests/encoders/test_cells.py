@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vlm_accel import Step, accelerate, methods, resolve
 from vlm_accel.encoders.cells import cell_order
 from vlm_accel.families import family_of, load_encoder
-from vlm_accel.methods.base import Reduced, TokenMethod
+from vlm_accel.methods.base import FeatureMethod, Reduced, TokenMethod
 
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 FAMILIES = (*QWEN, "internvl", "smolvlm", "idefics3")
@@ -292,6 +292,44 @@ def test_steps_and_a_method_after_the_encoder_combine(name: str) -> None:
         ]  # fmt: skip
         assert set(handle._session.vision[-1].left) == {12}
         assert handle._session.prefills[-1].survivors[0] == 3 * len(handle.maps)
+
+
+class Early(FeatureMethod):
+    """Keeps three cells; remembers what the first block and the last one showed of those left."""
+
+    needs_keys = True
+
+    def blocks(self, depth: int, used: int) -> tuple[int, ...]:
+        return (0, used)
+
+    def select(self, features: Any) -> list[Reduced]:
+        self.seen = features
+        kept = torch.arange(3)[None]
+        return [Reduced(x=features.x[i : i + 1, :3], kept=kept) for i in range(len(features.x))]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_attention_of_earlier_blocks_belongs_to_the_cells_left(name: str) -> None:
+    net, given = model(name), batch(name)
+    alone, after = Early(), Early()
+    with accelerate(net, alone):
+        encode(net, given)
+    with accelerate(net, "recycle", schedule=steps(name)) as handle:
+        encode(net, given)
+        rows = handle._session.image_rows["image"].view(-1, 16)
+    with accelerate(net, ["recycle", after], schedule=steps(name)):
+        encode(net, given)
+    left = rows.nonzero()[:, 1].view(len(rows), 5)
+    for what in ("cls_attention", "keys", "queries"):
+        first, short = getattr(alone.seen, what)[0], getattr(after.seen, what)[0]
+        wanted = first.gather(2, left[:, None].expand(-1, 4, -1)) if what == "cls_attention" else None
+        if wanted is None:
+            wanted = first.gather(1, left[..., None, None].expand(-1, -1, *first.shape[2:]))
+        assert torch.equal(short, wanted)
+        assert getattr(after.seen, what)[len(load_encoder(family_of(net), net).blocks) - 1].shape == short.shape  # type: ignore[union-attr]
+    assert after.seen.has_cls == (name == "internvl")
+    sums = alone.seen.cls_attention[0].sum(2) * 4
+    assert (sums < 1).all() if name == "internvl" else torch.allclose(sums, torch.ones_like(sums), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -56,9 +56,10 @@ class Qwen2VLEncoder(EncoderAdapter):
         self.call: PackedCall | None = None
         self.kind: str | None = None
         self._watches: dict[int, list[Watch]] = {}
-        #: per block that a method after the encoder asks for: its attention, and the rows that entered it
+        #: per block that a method after the encoder asks for: its attention; the rows that entered it, and how many of
+        #: each segment
         self._looks: dict[int, list[Seen]] = {}
-        self._before: dict[int, Tensor | None] = {}
+        self._before: dict[int, tuple[Tensor | None, list[int]]] = {}
         self._pending: dict[str, list[MergeMap]] = {}
 
     # ---- to be told apart by family
@@ -103,7 +104,7 @@ class Qwen2VLEncoder(EncoderAdapter):
             if layer in wanted:
                 looks.append(Watch(cls_row=None, raw=True))
                 session.hook(block.register_forward_hook(partial(self._look, layer, looks[-1])))
-                self._before[layer] = None
+                self._before[layer] = (None, [])
             if layer > first and plan.vision is not None and plan.vision.biases_keys:
                 looks.append(Watch(key_bias=self._biases()))
             for one in looks:
@@ -155,7 +156,7 @@ class Qwen2VLEncoder(EncoderAdapter):
         for looks in self._watches.get(layer, ()):
             looks.lengths = lengths if flash else None
         if layer in self._before:
-            self._before[layer] = call.origin
+            self._before[layer] = (call.origin, list(call.lengths))
         if not call.shortened:
             return None
         self._position = call.position
@@ -281,13 +282,15 @@ class Qwen2VLEncoder(EncoderAdapter):
 
     def _attention(self, call: PackedCall, group: Group, block: int) -> CellAttention:
         """Attention of a block, of the patches left of one group."""
-        seen, origin, rows = self._looks[block], self._before[block], group.rows
+        seen, rows, (origin, lengths) = self._looks[block], group.rows, self._before[block]
         if call.origin is not None:  # the block had more rows than are left
             rows = call.origin[rows.flatten()].view_as(rows)
             if origin is not None:
                 rows = torch.searchsorted(origin, rows)
+        # mean over the queries of the segment, of which a window holds a part
+        total = lengths[group.members[0]]
         maps = [attention_map(one.query, one.key, one.scaling, one.bias)[0] for one in seen]  # type: ignore[arg-type]
-        attention = torch.cat(maps, 1)
+        attention = torch.cat([one * (one.shape[1] / total) for one in maps], 1)
         key, query = (torch.cat(parts, 2)[0] for parts in zip(*((one.key, one.query) for one in seen), strict=True))
         flat = rows.flatten()
         return CellAttention(
