@@ -128,6 +128,7 @@ def by_hand(
             seen: list[Tensor] = []
             handle = layer.self_attn.register_forward_hook(lambda m, a, out, seen=seen: seen.append(out[1]))
             x = layer(x, attention_mask=mask, position_embeddings=rope)
+            x = x[0] if isinstance(x, tuple) else x  # transformers 5.3
             handle.remove()
             attention = seen[0]
             if number < len(deep):
