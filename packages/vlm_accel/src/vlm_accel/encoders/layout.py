@@ -29,10 +29,12 @@ def owners(index: Tensor, owner: Tensor | None, grid: tuple[int, int]) -> Tensor
     own = index.new_full((s, cells), -1)
     own = own.scatter(1, index, torch.arange(m, device=index.device).expand(s, m))
     found = own if owner is None else torch.where(own < 0, owner, own)
+    # |a - b|^2 less |a|^2, which is the same for all survivors b; whole numbers, so that float32 is exact
+    places = torch.stack((index // grid[1], index % grid[1]), 1).float()
     at = torch.arange(cells, device=index.device)
-    down = at[:, None] // grid[1] - index[:, None] // grid[1]
-    across = at[:, None] % grid[1] - index[:, None] % grid[1]
-    nearest = (down.square_().add_(across.square_())).argmin(2)
+    here = torch.stack((at // grid[1], at % grid[1]), 1).float()
+    distance = torch.baddbmm(places.square().sum(1, keepdim=True), here.expand(s, -1, -1), places, alpha=-2)
+    nearest = distance.argmin(2)
     return torch.where(found < 0, nearest, found)
 
 
