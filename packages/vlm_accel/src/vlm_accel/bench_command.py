@@ -129,10 +129,12 @@ def _measure(config: BenchConfig, run: Run, subject: Subject) -> tuple[dict[str,
     sys.stdout.write("\n")
     print_table(records, title)
     final = {name: value for name, value in records[0]["metrics"].items() if name.startswith("test/")}
+    run.note(metric_signatures={name: subject.signature(name) for name in final})
     for record in records[1:]:
         for name in ("test/accuracy", "test/retained", "fidelity/kl", "macs/total", "kv/bytes"):
             if name in record["metrics"]:
-                final[f"bench/{record['label']}/{name.partition('/')[2]}"] = record["metrics"][name]
+                short = name.removeprefix("test/").replace("/", "_")
+                final[f"bench/{record['label']}/{short}"] = record["metrics"][name]
     lines = [f"note        {note}" for note in notes(config, job.compared)]
     lines += [f"run folder  {run.folder}", f"figure      {figure}"]
     lines += [
@@ -155,6 +157,11 @@ def notes(config: BenchConfig, compared: int) -> list[str]:
         )
     if config.model is None and config.repeats:
         found.append("speed-ups of a model this small are those of Python's overhead: look at MACs and bytes")
+    if config.model is None:
+        found.append(
+            "the tower's class row has learnt for two minutes: rows that rank by its attention (visionzip, prumerge,"
+            " hired, fastervlm, evit) say little of these methods on real towers"
+        )
     return found
 
 

@@ -58,7 +58,7 @@ def test_a_run_leaves_table_figure_rows_and_metrics(first: tuple[Path, str]) -> 
     assert (folder / "wandb").is_dir()
     manifest = json.loads((folder / "manifest.json").read_text())
     assert (manifest["status"], manifest["job_type"], manifest["data"]["name"]) == ("finished", "eval", "digits")
-    assert {"test/accuracy", "bench/drop-0.5/kl", "bench/window_kv-0.5/bytes"} <= set(manifest["metrics"])
+    assert {"test/accuracy", "bench/drop-0.5/fidelity_kl", "bench/window_kv-0.5/kv_bytes"} <= set(manifest["metrics"])
     with (folder / "results.csv").open() as handle:
         rows = list(csv.DictReader(handle))
     assert [row["row"] for row in rows] == ROWS
@@ -110,6 +110,9 @@ def test_the_second_run_trains_nothing_and_a_resumed_one_measures_what_is_missin
     assert "drop-0.5" not in said
     assert (folder / "cells" / "drop-0.5-seed0.json").stat().st_mtime_ns == kept
     after = json.loads((folder / "results.json").read_text())
+    with (folder / "metrics.csv").open() as handle:
+        noted = [float(row["value"]) for row in csv.DictReader(handle) if row["name"] == "row"]
+    assert noted == [0, 1, 2, 2], "only what was measured anew is logged again"
     assert [r["metrics"] for r in after] == [r["metrics"] for r in before], "rows are a function of the seed"
 
 

@@ -58,16 +58,20 @@ class BenchJob:
 
     def run(self, run: Run) -> list[dict[str, Any]]:
         """Measure the rows that are missing; returns the records of all, the unmodified model's first."""
+        again = bool(run.manifest["resumed"])  # then what was there is in the logs already
+        fresh = self._read(None) is None
         records = [self._record(None)]
         self._add_retained(records[0], records[0])
-        self._note(run, records[0], 0)
+        if fresh or not again:
+            self._note(run, records[0], 0)
         began, done = time.monotonic(), 0
         for number, case in enumerate(self.cases, start=1):
             fresh = self._read(case) is None
             record = self._record(case)
             self._add_retained(record, records[0])
             records.append(record)
-            self._note(run, record, number)
+            if fresh or not again:
+                self._note(run, record, number)
             done += fresh
             if fresh:
                 left = (time.monotonic() - began) / done * sum(self._read(c) is None for c in self.cases[number:])

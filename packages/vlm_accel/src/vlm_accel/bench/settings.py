@@ -29,7 +29,7 @@ class BuiltInConfig:
     """canvases of a training step, four questions each"""
     lr: float = 3e-3
     """highest rate of the cycle"""
-    test: int = 240
+    test: int = 160
     """test samples, a quarter of them for each question"""
     world: WorldOptions = field(default_factory=WorldOptions)
 
@@ -71,14 +71,14 @@ class BenchConfig(RunConfig):
     cases: dict[str, Any] = field(default_factory=dict)
     """further rows by label: {method: NAME, ratio: …, schedule: …, kv: …, options: {…}, layout: …}"""
     batch: int = 0
-    """samples at a time (0: 40 for the built-in model, else 1)"""
+    """samples at a time (0: 80 for the built-in model, else 1)"""
     max_new_tokens: int = 0
     """longest answer, tokens (0: 5 for the built-in model, else 32)"""
     fidelity: int = 0
     """samples on which the next-token distributions are compared (0: all of the built-in model's, else 32)"""
     warmup: int = 1
     """untimed turns before the timed ones"""
-    repeats: int = 5
+    repeats: int = 3
     """timed turns, the unmodified model and the method in turn; medians (0: no times)"""
     time_batch: int = 0
     """samples of a timed turn (0: 8 for the built-in model, else batch)"""
@@ -128,5 +128,5 @@ class BenchConfig(RunConfig):
         """``batch``, ``max_new_tokens`` or ``time_batch`` with its default."""
         given: int = getattr(self, name)
         small = self.model is None
-        default = {"batch": 40 if small else 1, "max_new_tokens": 5 if small else 32, "time_batch": 8 if small else 0}
+        default = {"batch": 80 if small else 1, "max_new_tokens": 5 if small else 32, "time_batch": 8 if small else 0}
         return given or default[name] or self.size("batch")

@@ -42,6 +42,10 @@ class Subject(ABC):
     def score(self, ids: list[Tensor]) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Metrics by full name (``test/...``), and predictions one a sample, from the new tokens of all samples."""
 
+    def signature(self, metric: str) -> str:
+        """How a metric is measured, in one line."""
+        return "whole answers, greedy decoding"
+
     def batches(self, size: int, count: int | None = None) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         """(numbers, inputs) of the first ``count`` samples, ``size`` at a time."""
         total = len(self) if count is None else min(count, len(self))
@@ -143,6 +147,14 @@ class JsonlSubject(Subject):
 
         texts = [self.vlm.processor.batch_decode(row[None], skip_special_tokens=True)[0].strip() for row in ids]
         return score_tasks(self.samples, texts, self.config.metric)
+
+    def signature(self, metric: str) -> str:
+        """The task's metric of ``vlm_accel.metrics``."""
+        from vlm_accel.metrics.tasks import task_info
+
+        if metric == "test/retained":
+            return "mean over tasks, main metric of each"
+        return f"{task_info(metric.split('/')[1], self.config.metric).metric}, greedy decoding"
 
 
 _PADDED = {"input_ids": None, "attention_mask": 0, "token_type_ids": 0, "mm_token_type_ids": 0}
