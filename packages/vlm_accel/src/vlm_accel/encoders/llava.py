@@ -48,6 +48,8 @@ class LlavaEncoder(EncoderAdapter):
 
     ``vision_feature_layer`` may be one layer or a list: then the rows of each layer are gathered to those that are left
     at the last one. The last blocks of the tower, whose output nobody reads, run on the shortened rows.
+
+    Features are good for the prefill that follows them: the decoder then forgets which of their rows are empty.
     """
 
     name = "LLaVA 1.5"
