@@ -10,6 +10,7 @@ from typing import Any
 from polymodal.files import write_bytes
 
 from vlm_accel.bench.report import main_metric
+from vlm_accel.methods import METHODS
 
 __all__ = ["draw_pareto", "front"]
 
@@ -34,7 +35,10 @@ def front(points: Sequence[tuple[float, float]], higher: bool = True) -> list[in
 
 
 def draw_pareto(path: Path, records: Sequence[Record], title: str) -> None:
-    """PNG: quality and KL over the share of MACs (rows that shorten tokens) and of cache bytes (all rows)."""
+    """PNG: quality and KL over the share of MACs (rows that shorten tokens) and of cache bytes (all rows).
+
+    Controls (random, stride, pooling, …) are rings; rows on the front are named.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -66,6 +70,12 @@ def axes_handle(axes: Any, group: str, colour: str) -> Any:
     return axes.plot([], [], "o", color=colour, label=group)[0]
 
 
+def _is_control(row: Record) -> bool:
+    """Whether all methods of a row are controls."""
+    names = [part.partition("@")[0] for part in row["method"].split("+")]
+    return all(name in METHODS.names() and "control" in METHODS.info(name).tags for name in names)
+
+
 def _panel(axes: Any, rows: Sequence[Record], full: Mapping[str, float], cost: str, quality: str) -> None:
     is_kl = quality == "fidelity/kl"
     rows = [row for row in rows if cost in row["metrics"] and quality in row["metrics"] and full.get(cost)]
@@ -74,7 +84,8 @@ def _panel(axes: Any, rows: Sequence[Record], full: Mapping[str, float], cost: s
         rows, points = rows[1:], [(x, max(y, 1e-6)) for x, y in points[1:]]
         axes.set_yscale("log")
     for row, (x, y) in zip(rows, points, strict=True):
-        axes.plot(x, y, "o", color=_COLOURS.get(row["group"].split("+")[0], "tab:gray"), markersize=4)
+        colour = _COLOURS.get(row["group"].split("+")[0], "tab:gray")
+        axes.plot(x, y, "o", color=colour, markersize=5, markerfacecolor="none" if _is_control(row) else colour)
     best = front(points, higher=not is_kl)
     axes.plot([points[i][0] for i in best], [points[i][1] for i in best], "-", color="0.6", linewidth=1, zorder=0)
     for number in best:
