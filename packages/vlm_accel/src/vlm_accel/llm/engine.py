@@ -2,7 +2,8 @@
 
 Hooks stand on the outer model (image tokens, labels), the decoder (cache, plan of this prefill) and its first layer.
 The other layers are hooked during a prefill only, and during a decoding step that has a mask to gather; a plain
-decoding step runs unhooked layers.
+decoding step runs unhooked layers. A cache that was shortened inside the ``with`` block goes on inside it: the plain
+model would make masks for all its logical tokens.
 """
 
 from __future__ import annotations

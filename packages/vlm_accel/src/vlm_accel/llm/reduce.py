@@ -70,19 +70,22 @@ def reduce_rows(
             tracer.step(plan, group, stage.span[sample, rows], reduced, tokens.scores)
     places = stage.new_places(keep, plan.rows)
     x = stage.shorten(x, keep, plan)
-    biased = log_size or any(reduced.key_bias is not None for _, _, reduced in done)
-    if biased and stage.bias is None:
+    if stage.bias is None and (log_size or any(reduced.key_bias is not None for _, _, reduced in done)):
         stage.bias = torch.zeros_like(stage.sizes)
     for group, rows, reduced in done:
-        sample = group.sample[:, None]
-        at = places[sample, rows.gather(1, reduced.kept)]
-        x[sample, at] = reduced.x.to(x.dtype)
-        if reduced.sizes is not None:
-            stage.sizes[sample, at] = reduced.sizes.to(stage.sizes.dtype)
-        if stage.bias is not None:
-            bias = reduced.key_bias if reduced.key_bias is not None else stage.sizes[sample, at].log()
-            stage.bias[sample, at] = bias.to(stage.bias.dtype)
+        _write(stage, x, group.sample[:, None], places, rows, reduced)
     return x
+
+
+def _write(stage: Stage, x: Tensor, sample: Tensor, places: Tensor, rows: Tensor, reduced: Reduced) -> None:
+    """Put a group's new rows, and what they stand for, where its kept rows (S, m) now are."""
+    at = places[sample, rows.gather(1, reduced.kept)]
+    x[sample, at] = reduced.x.to(x.dtype)
+    if reduced.sizes is not None:
+        stage.sizes[sample, at] = reduced.sizes.to(stage.sizes.dtype)
+    if stage.bias is not None:
+        bias = reduced.key_bias if reduced.key_bias is not None else stage.sizes[sample, at].log()
+        stage.bias[sample, at] = bias.to(stage.bias.dtype)
 
 
 def _scores(method: TokenMethod, view: LayerView | None) -> Tensor | None:

@@ -25,7 +25,8 @@ class Stage:
             all T rows are there.
         span: (B, t) int64; -1: text. valid, image: (B, t) bool.
         origin: (B, t) int64 place of an image row within its span's first tokens (0 for text).
-        sizes: (B, t) float32 first tokens that a row stands for.
+        sizes: (B, t) float32 tokens that a row stands for, of those that entered layer 0 (LightVLM 3.1: all 1 there,
+            whatever an encoder merged before).
         bias: (B, t) float32 added to the attention logits of the row's key, or None.
         holes: whether some row pads.
     """
