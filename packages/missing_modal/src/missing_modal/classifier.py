@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +23,8 @@ __all__ = ["Classifier"]
 class Classifier(nn.Module):
     """logits = W [f_1; ...; f_M] + b over features of frozen towers with prompts; a missing modality's feature is zero.
 
-    The towers are no submodules: they never get into ``state_dict`` or an optimizer, and are never changed.
+    The towers are no submodules: they never get into ``state_dict`` or an optimizer, and are never changed. A method
+    that fine-tunes trains copies of them (``tuned``).
 
     Args:
         towers: in the order of the modalities.
@@ -40,6 +41,12 @@ class Classifier(nn.Module):
     ) -> None:
         super().__init__()
         self._towers = tuple(towers)
+        self._running = self._towers
+        self.tuned = nn.ModuleList()
+        if method.tunes_towers:
+            copies = [tower.tuned() for tower in towers]
+            self._running = tuple(copy for copy, _ in copies)
+            self.tuned.extend(module for _, module in copies)
         modalities = [tower.spec.name for tower in towers]
         specs = tuple(tower.spec for tower in towers)
         self.context = Context(specs, tuple(all_masks(modalities)), seed)
@@ -70,26 +77,34 @@ class Classifier(nn.Module):
     def with_tables(self, batch: Batch) -> tuple[Tensor, Any]:
         """Logits, and the method's tables of this step (for its penalty)."""
         features, tables = self.features(batch)
-        logits: Tensor = self.head(features)
+        with torch.autocast(features.device.type, enabled=False):
+            logits: Tensor = self.head(features)
         return logits, tables
 
     def features(self, batch: Batch) -> tuple[Tensor, Any]:
         """(B, sum of e) fused features, and the tables."""
+        found, rows, tables = self._found(batch)
+        return self.prompter.fuse(found, rows, batch.masks), tables
+
+    def _found(self, batch: Batch) -> tuple[dict[int, Tensor], dict[int, Tensor], Any]:
+        """Features of the towers that ran, the samples they belong to, and the tables."""
         present = sorted(set(batch.masks))
         tables = self.prompter.tables(present)
         place = {mask: number for number, mask in enumerate(present)}
         found: dict[int, Tensor] = {}
         rows: dict[int, Tensor] = {}
-        for number, tower in enumerate(self._towers):
+        for number, tower in enumerate(self._running):
             x, at, samples = self._inputs(number, tower, batch)
             if x is None:
                 continue
             which = torch.tensor([place[batch.masks[sample]] for sample in samples], device=x.device)
-            found[number] = self.prompter.finish(number, self._run(number, tower, x, which, tables))
+            given = batch.rows.get(tower.spec.name, ())
+            length = batch.lengths.get(tower.spec.name) if len(samples) == len(given) else None
+            found[number] = self.prompter.finish(number, self._run(number, tower, x, which, tables, length))
             rows[number] = at
         if not self.skip and not self.prompter.encodes_missing:
             found, rows = self._only_present(found, rows, batch)
-        return self.prompter.fuse(found, rows, batch.masks), tables
+        return found, rows, tables
 
     def _inputs(self, number: int, tower: Tower, batch: Batch) -> tuple[Tensor | None, Tensor, list[int]]:
         """Inputs of the tower, the samples they belong to (device), and the same on the host."""
@@ -119,20 +134,39 @@ class Classifier(nn.Module):
                 kept[number], at[number] = one[:count], rows[number][:count]
         return kept, at
 
-    def _run(self, number: int, tower: Tower, x: Tensor, which: Tensor, tables: Any) -> Tensor:
-        """(b, ...) inputs -> (b, d) the row that is read at the end."""
+    def _run(self, number: int, tower: Tower, x: Tensor, which: Tensor, tables: Any, length: int | None) -> Tensor:
+        """(b, ...) inputs -> (b, d) the row that is read at the end; ``length`` as the data module knows it."""
         tokens = tower.embed(x)
         if tower.spec.depth == 0:
             return tokens
         inserted = self.prompter.enter(number, tokens, which, tables)
         end = tower.pool_rows(x)
-        if self.cut and tower.causal and (length := tower.length(x)) is not None:
+        if self.cut and tower.causal and (length := tower.length(x) if length is None else length) is not None:
             tokens = tokens[:, :length]
         h = tokens if inserted is None else torch.cat([inserted.to(tokens.dtype), tokens], dim=1)
         mask = tower.mask(h.shape[1], h)
         for block in range(tower.spec.depth):
             if block:
+                seen = h.shape[1]
                 h = self.prompter.before(number, block, h, which, tables)
+                mask = mask if h.shape[1] == seen else tower.mask(h.shape[1], h)
             h = tower.block(block, h, mask, self.prompter.extra(number, block, which, tables))
-        offset = 0 if inserted is None else inserted.shape[1]
-        return h[torch.arange(len(h), device=h.device), end + offset]
+        return h[torch.arange(len(h), device=h.device), end + (h.shape[1] - tokens.shape[1])]
+
+    def prepare(self, batches: Iterable[Batch]) -> None:
+        """What a method wants to know of the training set before training: nothing but for mean imputation.
+
+        Args:
+            batches: one pass over the training set, on the model's device.
+        """
+        if not self.prompter.wants_means:
+            return
+        sums = [torch.zeros(spec.features, dtype=torch.float64) for spec in self.context.towers]
+        counts = [0] * len(sums)
+        with torch.no_grad():
+            for batch in batches:
+                found, _, _ = self._found(batch)
+                for number, one in found.items():
+                    sums[number] += one.double().sum(0).cpu()
+                    counts[number] += len(one)
+        self.prompter.set_means([total / max(count, 1) for total, count in zip(sums, counts, strict=True)])

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from polymodal.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,6 +93,14 @@ class Tower(ABC):
     @abstractmethod
     def state(self) -> Mapping[str, Tensor]:
         """All weights by name, for the hash and for moving."""
+
+    def tuned(self) -> tuple[Tower, torch.nn.Module]:
+        """A copy of the tower whose weights are trained, and the module whose parameters these are (fine-tuning).
+
+        Without the last norm and projection, of which a method has its own copies. The copy reads its weights from the
+        module at each call, so that moving the module moves them. UserError where a tower cannot be trained.
+        """
+        raise UserError(f"{self.identity}: this tower cannot be fine-tuned; choose a method that keeps it frozen")
 
     @abstractmethod
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Tower:

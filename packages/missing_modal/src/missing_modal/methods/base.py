@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from missing_modal.backbones.base import TowerSpec
+    from missing_modal.batch import Batch
 
 __all__ = ["Context", "Method", "Output", "Prompter"]
 
@@ -44,8 +45,10 @@ class Context:
 class Method:
     """Base of all methods; subclasses are frozen dataclasses of options, one file each."""
 
-    #: also trains the towers themselves (copies of them): CLIP fine-tuning with modality dropout
-    tunes_towers: ClassVar[bool] = False
+    @property
+    def tunes_towers(self) -> bool:
+        """Whether copies of the towers are trained, too: fine-tuning with modality dropout."""
+        return False
 
     def build(self, context: Context) -> Prompter:
         """The module that is trained. UserError for options that do not fit the towers."""
@@ -63,18 +66,23 @@ class Output(nn.Module):
     def __init__(self, spec: TowerSpec, train: bool) -> None:
         super().__init__()
         self.eps = spec.norm_eps
-        self.norm_weight = nn.Parameter(spec.norm_weight.detach().clone().float(), requires_grad=train)
-        self.norm_bias = nn.Parameter(spec.norm_bias.detach().clone().float(), requires_grad=train)
-        if spec.projection is None:
-            self.projection = None
-        else:
-            trained = train and spec.train_projection
-            self.projection = nn.Parameter(spec.projection.detach().clone().float(), requires_grad=trained)
+        self.norm_weight = nn.Parameter(_copy(spec.norm_weight), requires_grad=train)
+        self.norm_bias = nn.Parameter(_copy(spec.norm_bias), requires_grad=train)
+        self.projection = None
+        if spec.projection is not None:
+            self.projection = nn.Parameter(_copy(spec.projection), requires_grad=train and spec.train_projection)
 
     def forward(self, row: Tensor) -> Tensor:
-        """(b, d) -> (b, e), in float32."""
-        row = nn.functional.layer_norm(row.float(), row.shape[-1:], self.norm_weight, self.norm_bias, self.eps)
-        return row if self.projection is None else row @ self.projection
+        """(b, d) -> (b, e), in the copies' dtype: float32, under autocast too; float64 for towers in float64."""
+        with torch.autocast(row.device.type, enabled=False):
+            row = row.to(self.norm_weight.dtype)
+            row = nn.functional.layer_norm(row, row.shape[-1:], self.norm_weight, self.norm_bias, self.eps)
+            return row if self.projection is None else row @ self.projection
+
+
+def _copy(value: Tensor) -> Tensor:
+    """A copy in float32 at least."""
+    return value.detach().clone().to(torch.promote_types(value.dtype, torch.float32))
 
 
 class Prompter(nn.Module):
@@ -87,14 +95,18 @@ class Prompter(nn.Module):
 
     #: a missing modality's tower runs on its placeholder, and the feature is kept (zero imputation)
     encodes_missing: ClassVar[bool] = False
+    #: wants the mean features of the training set before training (``Classifier.prepare``)
+    wants_means: ClassVar[bool] = False
 
     def __init__(self, context: Context, train_out: bool = True) -> None:
         super().__init__()
         self.context = context
-        self.outputs = nn.ModuleList(Output(tower, train_out) for tower in context.towers)
+        self.outputs = nn.ModuleList(
+            Output(tower, train_out) if tower.depth else nn.Identity() for tower in context.towers
+        )
 
     def rows(self, tower: int) -> int:
-        """Rows put in front of the tokens of ``tower``: its ``num_prefix_tokens`` (before CLS)."""
+        """Rows in front of the tokens of ``tower`` after its last block: its ``num_prefix_tokens`` (before CLS)."""
         return 0
 
     def tables(self, masks: Sequence[int]) -> Any:
@@ -106,14 +118,14 @@ class Prompter(nn.Module):
 
         Args:
             tower: its index.
-            tokens: (b, S, d) of the b samples that have it.
+            tokens: (b, S, d) of the b samples that have it: all S rows, also those that are cut afterwards.
             which: (b,) int64 into the ``masks`` that ``tables`` was called with.
             tables: what ``tables`` returned.
         """
         return None
 
     def before(self, tower: int, block: int, h: Tensor, which: Tensor, tables: Any) -> Tensor:
-        """Rows (b, rows + S, d) in front of ``block`` >= 1, some replaced (out of place)."""
+        """Rows (b, R, d) in front of ``block`` >= 1, some replaced (out of place), or further ones put in front."""
         return h
 
     def extra(self, tower: int, block: int, which: Tensor, tables: Any) -> tuple[Tensor, Tensor] | None:
@@ -121,9 +133,9 @@ class Prompter(nn.Module):
         return None
 
     def finish(self, tower: int, row: Tensor) -> Tensor:
-        """(b, d) the pooled row -> (b, e)."""
+        """(b, d) the pooled row -> (b, e), float32 at least; a tower without blocks gave its features already."""
         output: Tensor = self.outputs[tower](row)
-        return output
+        return output.to(torch.promote_types(output.dtype, torch.float32))
 
     def fuse(self, features: Mapping[int, Tensor], rows: Mapping[int, Tensor], masks: Sequence[int]) -> Tensor:
         """Features of the towers that ran -> (B, sum of e): concatenated, zeros where a modality is missing."""
@@ -136,5 +148,17 @@ class Prompter(nn.Module):
         return torch.cat(parts, dim=1)
 
     def penalty(self, tables: Any) -> dict[str, Tensor]:
-        """Further loss terms by name (MSPs)."""
+        """Further loss terms by name, weighted (MSPs)."""
         return {}
+
+    def thin(self, batch: Batch, generator: torch.Generator) -> Batch:
+        """The training batch as the model is to see it, before the forward pass (modality dropout); not in evaluation.
+
+        Args:
+            batch: one training batch.
+            generator: of this step, on the CPU.
+        """
+        return batch
+
+    def set_means(self, means: Sequence[Tensor]) -> None:
+        """Mean feature (e,) of each tower over the training samples that have it; see ``wants_means``."""
