@@ -38,7 +38,7 @@ class H2O(CacheMethod):
 
     def observe(self, view: CacheView) -> None:
         """Add the attention of ``view.queries`` to the running sums (B, K, n)."""
-        sums, seen, _ = attention_sums(view)
+        sums, seen = attention_sums(view)
         for name, new in (("h2o_sums", sums), ("h2o_seen", seen)):
             old = view.state.get(name)
             view.state[name] = new if old is None else new + F.pad(old, (0, new.shape[-1] - old.shape[-1]))

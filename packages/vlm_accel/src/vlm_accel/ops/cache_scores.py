@@ -28,8 +28,12 @@ def window_scores(view: CacheView, window: int | None = None, pool: int | None =
         (B, K, n) float32.
     """
     window = view.budget.window if window is None else window
-    sums, _, queries = attention_sums(view, window)
-    scores = sums / queries.clamp(min=1)[:, None, None]
+    queries, index = view.queries[:, :, -window:], _query_index(view)[:, -window:]
+    sums = torch.zeros(view.valid.shape, dtype=_kind(queries), device=queries.device)
+    for q, at in zip(queries.split(128, 2), index.split(128, 1), strict=True):
+        sums += _attention_sum(q, view, _visible(view, at))
+    counted = (index >= 0).sum(1).clamp(min=1)
+    scores = sums / counted[:, None, None]
     return pool_scores(scores, view.budget.pool if pool is None else pool)
 
 
@@ -38,51 +42,59 @@ def pool_scores(scores: Tensor, kernel: int) -> Tensor:
     return scores if kernel == 1 else F.avg_pool1d(scores, kernel, stride=1, padding=kernel // 2)
 
 
-def attention_sums(view: CacheView, window: int | None = None, chunk: int = 128) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum over queries of the attention that each entry gets, mean over the query heads of its group.
+def attention_sums(view: CacheView, chunk: int = 128) -> tuple[Tensor, Tensor]:
+    """Sum over all queries of the attention that each entry gets, mean over the query heads of its group.
 
     Args:
         view: the layer.
-        window: last queries used; None: all.
         chunk: queries at a time; no map larger than (B, H, chunk, n) exists.
 
     Returns:
-        sums (B, K, n) float32; seen (B, K, n): queries that could see the entry; queries (B,): queries that count.
+        sums (B, K, n) float32; seen (B, K, n): queries that could see the entry.
     """
-    queries, index = view.queries, _query_index(view)
-    if window is not None:
-        queries, index = queries[:, :, -window:], index[:, -window:]
-    kind = torch.promote_types(queries.dtype, torch.float32)
-    sums = torch.zeros(view.valid.shape, dtype=kind, device=queries.device)
+    sums = torch.zeros(view.valid.shape, dtype=_kind(view.queries), device=view.queries.device)
     seen = torch.zeros_like(sums)
-    for q, at in zip(queries.split(chunk, 2), index.split(chunk, 1), strict=True):
-        visible = view.valid[:, :, None] & (view.index[:, :, None] <= at[:, None, :, None])
-        sums += _attention(q, view.keys, visible, view.scaling, view.softcap, kind).sum(2)
+    for q, at in zip(view.queries.split(chunk, 2), _query_index(view).split(chunk, 1), strict=True):
+        visible = _visible(view, at)
+        sums += _attention_sum(q, view, visible)
         seen += visible.sum(2)
-    return sums, seen, (index >= 0).sum(1).to(kind)
+    return sums, seen
+
+
+def _kind(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _query_index(view: CacheView) -> Tensor:
     """(B, w) logical positions of the queries, -1 where a query is padding."""
     if view.query_index is not None:
         return view.query_index
-    count = view.queries.shape[2]
-    tail = view.index[:, 0, view.index.shape[2] - count :]
-    return torch.where(view.valid[:, 0, view.index.shape[2] - count :], tail, -1)
+    start = view.index.shape[2] - view.queries.shape[2]
+    return torch.where(view.valid[:, 0, start:], view.index[:, 0, start:], -1)
 
 
-def _attention(
-    q: Tensor, keys: Tensor, visible: Tensor, scaling: float, cap: float | None, kind: torch.dtype
-) -> Tensor:
-    """Attention (B, K, w, n) of queries (B, H, w, d), mean over each group; zero for a query that sees nothing."""
+def _visible(view: CacheView, at: Tensor) -> Tensor:
+    """(B, K, w, n) bool: entries that queries at the positions (B, w) could see."""
+    return view.valid[:, :, None] & (view.index[:, :, None] <= at[:, None, :, None])
+
+
+def _attention_sum(q: Tensor, view: CacheView, visible: Tensor) -> Tensor:
+    """Attention of queries (B, H, w, d), summed over them, mean over each group: (B, K, n).
+
+    A query that sees nothing counts for nothing.
+    """
     batch, heads, count, size = q.shape
-    kv_heads = keys.shape[1]
+    kv_heads, entries = view.keys.shape[1:3]
+    group = heads // kv_heads
     # the heads of a group lie side by side, so that one product with their keys serves them all
-    grouped = q.reshape(batch, kv_heads, heads // kv_heads * count, size)
-    logits = (grouped @ keys.transpose(2, 3)).to(kind).view(batch, kv_heads, -1, count, keys.shape[2]) * scaling
-    if cap is not None:
-        logits = cap * torch.tanh(logits / cap)
-    blind = ~visible[:, :, None]
-    logits = logits.masked_fill(blind, torch.finfo(kind).min)
-    # the second fill matters for a query that sees nothing: its row would be uniform
-    return logits.softmax(-1).masked_fill(blind, 0.0).mean(2)
+    rows = q.reshape(batch * kv_heads, group * count, size)
+    keys = view.keys.flatten(0, 1).transpose(1, 2)
+    logits = torch.baddbmm(rows.new_zeros(1), rows, keys, beta=0, alpha=view.scaling).to(_kind(q))
+    if view.softcap is not None:
+        logits = view.softcap * torch.tanh(logits / view.softcap)
+    logits = logits.view(batch, kv_heads, group, count, entries)
+    logits = logits.masked_fill_(~visible[:, :, None], torch.finfo(logits.dtype).min)
+    # the mean over heads and the sum over queries are one more product
+    counts = visible.any(-1)[:, :, None].expand(-1, -1, group, -1).to(logits.dtype) / group
+    attention = logits.softmax(-1).view(batch, kv_heads, group * count, entries)
+    return (counts.reshape(batch, kv_heads, 1, -1) @ attention)[:, :, 0]
