@@ -94,6 +94,7 @@ def test_training_and_rows_are_in_metrics_csv_under_the_dashboards_names(first: 
     assert [float(row["value"]) for row in rows if row["name"] == "row"] == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_the_second_run_trains_nothing_and_a_resumed_one_measures_what_is_missing(
     first: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -133,6 +134,7 @@ def _as_jsonl(folder: Path, count: int) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_its_processor_gives_what_the_built_in_path_gives(
     first: tuple[Path, str], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,6 +153,7 @@ def test_a_checkpoint_with_its_processor_gives_what_the_built_in_path_gives(
         assert len([json.loads(line) for line in predictions.open()]) == 16
 
 
+@pytest.mark.slow
 def test_a_row_that_a_model_refuses_is_told_and_the_others_go_on(
     first: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
