@@ -205,7 +205,8 @@ class MergeMap:
         rows = np.arange(self.rows, dtype=np.int64)
         for one in self._until(step):
             rows = _follow(rows, np.asarray(one.assign, dtype=np.int64))
-        return rows[self.cell_of_patch()]
+        placed: NDArray[Any] = rows[self.cell_of_patch()]
+        return placed
 
     def positions(self, step: int = -1) -> NDArray[Any]:
         """Source row (patch, or cell where group > 1) at whose place each row stands, -1: no patch: int64 (n_out,)."""
@@ -220,7 +221,8 @@ class MergeMap:
         alive = np.zeros(self.rows, dtype=bool)
         places = self.positions(step)
         alive[places[places >= 0]] = True
-        return alive[self.cell_of_patch()]
+        placed: NDArray[Any] = alive[self.cell_of_patch()]
+        return placed
 
     def source_weights(self, step: int = -1) -> CSR:
         """(n_out, patches) share of each source patch in each row: the product of the steps' matrices.

@@ -95,9 +95,9 @@ class Session:
             feature that survived the encoder, in the order of the features; written by an encoder adapter, taken by the
             decoder engine, which leaves the other rows out before layer 0. Empty: all survive.
         segments: {"image": [n, ...], "video": [n, ...]} placeholder rows (before anything is left out) of each
-            segment, in the order of the features. A segment is what is ranked on its own: an image with its tiles, one temporal
-            slice of a video, one tile where text stands between tiles. Written with ``image_rows``; empty: the decoder
-            takes each unbroken run of image tokens for a segment.
+            segment, in the order of the features. A segment is what is ranked on its own: an image with its tiles, one
+            temporal slice of a video, one tile where text stands between tiles. Written with ``image_rows``; empty: the
+            decoder takes each unbroken run of image tokens for a segment.
         pending: MergeMaps of the segments of the next prefill, in the same order (trace only); the last step of each
             leads to its surviving placeholder rows. The decoder engine adds its own steps and moves them to ``maps``.
             Without a decoder the adapter writes to ``maps`` itself.

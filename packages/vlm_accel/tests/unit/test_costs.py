@@ -6,7 +6,6 @@ import pytest
 import torch
 import vlm_tiny as tiny
 from torch.utils.flop_counter import FlopCounterMode
-
 from vlm_accel import costs
 from vlm_accel.llm.locate import find_decoder
 from vlm_accel.schedule import Step, counts_per_layer, expand, pyramid

@@ -126,4 +126,5 @@ def importance(queries: Tensor, keys: Tensor, x: Tensor, image: Tensor) -> Tenso
     keys = wide(keys).repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)
     logits = (keys @ mean[..., None]).squeeze(-1) * queries.shape[-1] ** -0.5
     shares = logits.masked_fill(~image[:, None], -torch.inf).softmax(-1).nan_to_num(0.0)
-    return shares.mean(1) * wide(x).norm(dim=-1) * image
+    scored: Tensor = shares.mean(1) * wide(x).norm(dim=-1) * image
+    return scored

@@ -114,7 +114,8 @@ def unsplit_attention(features: Features, block: int) -> Tensor:
     if own is not None:
         first = (wide(own).flatten(1) * query).sum(-1, keepdim=True) * query.shape[-1] ** -0.5
         logits = torch.cat([first, logits], 1)
-    return logits.softmax(-1)[:, -keys.shape[1] :]
+    shares: Tensor = logits.softmax(-1)[:, -keys.shape[1] :]
+    return shares
 
 
 def outliers(scores: Tensor) -> list[int]:

@@ -104,7 +104,8 @@ class SparseVLM(TokenMethod):
         total = torch.zeros(chosen.shape, device=last.device)
         for some, share in zip(rows.split(_CHUNK, 1), weight.split(_CHUNK, 1), strict=True):
             total = total + torch.einsum("brt,br->bt", view.attention(some).mean(1), share)
-        return total / weight.sum(1, keepdim=True)
+        mean: Tensor = total / weight.sum(1, keepdim=True)
+        return mean
 
     def reduce(self, tokens: Tokens, keep: int) -> Reduced:
         """Top tokens stay, the best of the rest become clusters; ``keep`` rows in all."""

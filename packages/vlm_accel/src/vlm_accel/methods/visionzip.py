@@ -91,7 +91,7 @@ def _merged(features: Features, keys: Tensor, order: Tensor, dominant: int, cont
     step = max(1, rest.shape[1] // contextual)
     at = torch.arange(rest.shape[1], device=x.device)
     last = ((at % step == 0) & (at < step * contextual)).to(torch.uint8).argsort(stable=True)
-    others, targets = rest[:, last].split([rest.shape[1] - contextual, contextual], 1)
+    others, targets = torch.split(rest[:, last], [rest.shape[1] - contextual, contextual], 1)
     metric = torch.nn.functional.normalize(wide(keys).mean(2), dim=-1)
     joins = (gather_rows(metric, others) @ gather_rows(metric, targets).transpose(1, 2)).argmax(-1)
 

@@ -98,5 +98,7 @@ def nearest(removed: Tensor, kept: Tensor) -> Tensor:
     directions = wide(kept.detach()).transpose(1, 2)
     scale = 1 / directions.norm(dim=1, keepdim=True).clamp(min=1e-12)
     rows = max(1, _CHUNK // max(1, removed.shape[0] * kept.shape[1]))
-    parts = [(wide(part) @ directions).mul_(scale).max(-1).indices for part in removed.detach().split(rows, dim=1)]
+    parts = [
+        (wide(part) @ directions).mul_(scale).max(-1).indices for part in torch.split(removed.detach(), rows, dim=1)
+    ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

@@ -30,7 +30,7 @@ def window_scores(view: CacheView, window: int | None = None, pool: int | None =
     window = view.budget.window if window is None else window
     queries, index = view.queries[:, :, -window:], _query_index(view)[:, -window:]
     sums = torch.zeros(view.valid.shape, dtype=_kind(queries), device=queries.device)
-    for q, at in zip(queries.split(128, 2), index.split(128, 1), strict=True):
+    for q, at in zip(torch.split(queries, 128, 2), torch.split(index, 128, 1), strict=True):
         sums += _attention_sum(q, view, _visible(view, at))
     counted = (index >= 0).sum(1).clamp(min=1)
     scores = sums / counted[:, None, None]
@@ -54,7 +54,7 @@ def attention_sums(view: CacheView, chunk: int = 128) -> tuple[Tensor, Tensor]:
     """
     sums = torch.zeros(view.valid.shape, dtype=_kind(view.queries), device=view.queries.device)
     seen = torch.zeros_like(sums)
-    for q, at in zip(view.queries.split(chunk, 2), _query_index(view).split(chunk, 1), strict=True):
+    for q, at in zip(torch.split(view.queries, chunk, 2), torch.split(_query_index(view), chunk, 1), strict=True):
         visible = _visible(view, at)
         sums += _attention_sum(q, view, visible)
         seen += visible.sum(2)
