@@ -97,6 +97,7 @@ def claims(found: Mapping[str, Mapping[int, Mapping]]) -> list[tuple[str, str, s
         "encoder, recycling against dropping, 30 %": ("vision30_recycle", "vision30_drop", "all %"),
         "cache of 36, window against random": ("kv36_window_kv", "kv36_random_kv", "both %"),
         "cache of 24, window against random": ("kv24_window_kv", "kv24_random_kv", "both %"),
+        "cache of 24, window against random, sentences": ("kv24_window_kv", "kv24_random_kv", "sentence %"),
         "cache of 24, window against first and last": ("kv24_window_kv", "kv24_streaming_llm", "both %"),
     }
     return [(what, *parts) for what, parts in kinds.items() if parts[0] in found and parts[1] in found]
