@@ -51,7 +51,9 @@ class Classifier(nn.Module):
         specs = tuple(tower.spec for tower in towers)
         self.context = Context(specs, tuple(all_masks(modalities)), seed)
         self.prompter = method.build(self.context)
-        self.head = nn.Linear(sum(spec.features for spec in specs), classes)
+        features = sum(spec.features for spec in specs)
+        # Without torch's own initial values: they would come from the global generator.
+        self.head: nn.Linear = nn.utils.skip_init(nn.Linear, features, classes)  # type: ignore[no-untyped-call]
         draw = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             self.head.weight.normal_(0, 0.02, generator=draw)
@@ -78,7 +80,7 @@ class Classifier(nn.Module):
         """Logits, and the method's tables of this step (for its penalty)."""
         features, tables = self.features(batch)
         with torch.autocast(features.device.type, enabled=False):
-            logits: Tensor = self.head(features)
+            logits: Tensor = self.head(features.to(self.head.weight.dtype))
         return logits, tables
 
     def features(self, batch: Batch) -> tuple[Tensor, Any]:
@@ -150,7 +152,10 @@ class Classifier(nn.Module):
                 seen = h.shape[1]
                 h = self.prompter.before(number, block, h, which, tables)
                 mask = mask if h.shape[1] == seen else tower.mask(h.shape[1], h)
-            h = tower.block(block, h, mask, self.prompter.extra(number, block, which, tables))
+            extra = self.prompter.extra(number, block, which, tables)
+            if extra is not None:
+                extra = extra[0].to(h.dtype), extra[1].to(h.dtype)
+            h = tower.block(block, h, mask, extra)
         return h[torch.arange(len(h), device=h.device), end + (h.shape[1] - tokens.shape[1])]
 
     def prepare(self, batches: Iterable[Batch]) -> None:
