@@ -87,7 +87,7 @@ class ToyTower(Tower):
     def embed(self, x):
         if self.name == "text":
             return self.net["embedding"][x] + self.net["positions"][: x.shape[1]]
-        tokens = x @ self.net["patch"]
+        tokens = x.to(self.net["patch"].dtype) @ self.net["patch"]
         first = self.net["cls"].expand(len(x), 1, -1)
         return self._norm(torch.cat([first, tokens], dim=1) + self.net["positions"], "ln_pre")
 

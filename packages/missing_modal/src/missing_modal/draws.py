@@ -34,7 +34,7 @@ class Draws:
 
     def linear(self, name: str, inputs: int, outputs: int) -> nn.Linear:
         """A linear layer with torch's default initial values: weight and bias uniform in +-1/sqrt(inputs)."""
-        layer: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs)
+        layer: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs)  # type: ignore[no-untyped-call]
         draw = generator(self._seed, *self._names, name)
         bound = 1 / math.sqrt(inputs)
         with torch.no_grad():

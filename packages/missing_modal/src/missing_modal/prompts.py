@@ -299,11 +299,9 @@ class CorrelatedPrompts(_Rows):
             common = [
                 make(source) if reach else None for make, reach in zip(self.common_maps, self.depths, strict=True)
             ]
-        if self.has_dynamic:
-            probe = [
-                attention.probe(queries(masks)) if reach else None
-                for attention, queries, reach in zip(self.attention, self.queries, self.depths, strict=True)
-            ]
+        for place, attention in enumerate(self.attention if self.has_dynamic else ()):
+            if isinstance(attention, DynamicAttention):
+                probe[place] = attention.probe(self.queries[place](masks))
         return PromptTables(deep, common, probe)
 
     def _recursion(self, masks: Sequence[int]) -> list[list[Tensor]]:
@@ -315,12 +313,15 @@ class CorrelatedPrompts(_Rows):
         deep: list[list[Tensor]] = [[] for _ in state]
         for step in range(self.depth):
             joined = torch.cat(state, dim=-1)
-            state = []
-            for place, steps in enumerate(self.generators):
-                if step < len(steps):
-                    state.append(steps[step](joined))
-                    if step < self.depths[place]:
-                        deep[place].append(state[-1])
+            made = [
+                steps[step](joined) if step < len(steps) else None
+                for steps in self.generators
+                if isinstance(steps, nn.ModuleList)
+            ]
+            for place, rows in enumerate(made):
+                if rows is not None and step < self.depths[place]:
+                    deep[place].append(rows)
+            state = [rows for rows in made if rows is not None]
         return deep
 
     def mixture(self, modality: int, mixed: Tensor) -> Tensor:

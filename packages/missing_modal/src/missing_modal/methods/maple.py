@@ -69,13 +69,9 @@ class _CoupledPrompter(RowPrompter):
     def tables(self, masks: Sequence[int]) -> list[Tensor | None]:
         """By tower (T, J_m, L, d), the same for each of T patterns."""
         found: list[Tensor | None] = []
-        for place, blocks in enumerate(self.reach):
-            if not blocks:
-                found.append(None)
-                continue
-            own = self.prompts[:blocks]
-            if place != self.source:
-                couplings = self.couplings[place]
-                own = torch.stack([layer(own[block]) for block, layer in enumerate(couplings)])  # type: ignore[arg-type]
-            found.append(own.expand(len(masks), -1, -1, -1))
+        for place, (blocks, layers) in enumerate(zip(self.reach, self.couplings, strict=True)):
+            own: Tensor | None = self.prompts[:blocks] if blocks else None
+            if own is not None and place != self.source and isinstance(layers, nn.ModuleList):
+                own = torch.stack([layer(rows) for layer, rows in zip(layers, own, strict=True)])
+            found.append(None if own is None else own.expand(len(masks), -1, -1, -1))
         return found

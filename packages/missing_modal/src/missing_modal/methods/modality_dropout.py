@@ -22,8 +22,8 @@ class ModalityDropout(Method):
             all dropped, one of them, drawn uniformly, stays. 0: plain fine-tuning.
         tune: False keeps the towers frozen and trains norms, projections and head.
 
-    Source: a rival of Hu et al. 2024 (arXiv 2410.06558), DCP 5; which modality stays when all were dropped is our
-    reading.
+    Source: a rival of Hu et al. 2024 (arXiv 2410.06558), DCP 5; our reading of which
+    modality stays when all were dropped.
     """
 
     rate: float = 0.3

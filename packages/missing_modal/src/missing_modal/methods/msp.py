@@ -28,8 +28,8 @@ class MSP(Method):
         train_out: train what DCP trains besides prompts, so that only the prompts differ.
 
     Source: Jang et al. 2024 (arXiv 2312.15890), after the code of a later rival. It speaks of one joint transformer;
-    here each tower has a prompt P_k of its width for every modality k, so that a tower learns what else there is (our
-    reading). Its inner product is taken over all rows of a block.
+    that here each tower has a prompt P_k of its width for every modality k, and learns by it what else there is, is
+    our reading. The inner product is taken over all rows of a block.
     """
 
     length: int = 36

@@ -22,8 +22,8 @@ class VPT(Method):
         tower: which tower.
         train_out: train what DCP trains besides prompts, so that only the prompts differ.
 
-    Source: Jia et al. 2022 (arXiv 2203.12119), VPT-deep and VPT-shallow, beside a frozen text tower and DCP's head (our
-    reading). Deviation: N(0, 0.02^2) in place of Xavier-uniform, rows in front of the CLS.
+    Source: Jia et al. 2022 (arXiv 2203.12119), VPT-deep and VPT-shallow. Beside a frozen text tower, with DCP's head,
+    it is our reading. Deviation: N(0, 0.02^2) in place of Xavier-uniform, rows in front of the CLS.
     """
 
     length: int = 36
