@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,26 @@ from torch.nn import functional
 
 from missing_modal.backbones.transformer import TransformerTower
 
-__all__ = ["TextTower"]
+__all__ = ["TextTower", "Tokenizer"]
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Texts -> (n, context) ids, zeros behind the end; it can be pickled for the loader's workers.
+
+    Args:
+        source: ``clip`` or a folder, see ``data.tokenize.tokenizer``.
+        context: ids of a row.
+    """
+
+    source: str
+    context: int
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """(n, context) int64."""
+        from missing_modal.data.tokenize import tokenizer
+
+        return tokenizer(self.source, self.context)(texts)
 
 
 class TextTower(TransformerTower):
@@ -23,8 +43,8 @@ class TextTower(TransformerTower):
     Args:
         eos: id whose first place is read; None: the place of the largest id (CLIP's end of text is the last id).
         start, end: ids of an empty text, for placeholders; by default the last two of the vocabulary.
-        tokenizer: texts -> (n, S) ids, zeros behind the end (dynamic prompts look at them, DCP 3.4); None: there is
-            none, inputs come as ids.
+        tokenizer: texts -> (n, S) ids, zeros behind the end (dynamic prompts look at them, DCP 3.4), or the source of a
+            ``Tokenizer``; None: there is none, inputs come as ids.
         options: of ``TransformerTower``.
     """
 
@@ -36,13 +56,14 @@ class TextTower(TransformerTower):
         eos: int | None = None,
         start: int | None = None,
         end: int | None = None,
-        tokenizer: Callable[[Sequence[str]], Tensor] | None = None,
+        tokenizer: Callable[[Sequence[str]], Tensor] | str | None = None,
         **options: Any,
     ) -> None:
         super().__init__(*args, causal=True, **options)
         vocabulary = len(self._need("token.weight"))
         self._need("position")
-        self.eos, self.tokenizer = eos, tokenizer
+        self.eos = eos
+        self.tokenizer = Tokenizer(tokenizer, self.context) if isinstance(tokenizer, str) else tokenizer
         self.start = vocabulary - 2 if start is None else start
         self.end = (vocabulary - 1 if eos is None else eos) if end is None else end
 
@@ -52,8 +73,9 @@ class TextTower(TransformerTower):
         return len(self._weights["position"])
 
     def config(self) -> dict[str, Any]:
-        """Arguments of the constructor besides the weights and the tokenizer."""
-        return super().config() | {"eos": self.eos, "start": self.start, "end": self.end}
+        """Arguments of the constructor besides the weights; of tokenizers only a named source is kept."""
+        source = self.tokenizer.source if isinstance(self.tokenizer, Tokenizer) else None
+        return super().config() | {"eos": self.eos, "start": self.start, "end": self.end, "tokenizer": source}
 
     def embed(self, x: Tensor) -> Tensor:
         """(b, S) ids -> (b, S, d). UserError for more ids than there are positions."""
