@@ -57,6 +57,16 @@ class MMData:
         if self.root is not None:
             self.root = Path(self.root).expanduser()
 
+    @property
+    def kinds(self) -> dict[str, str]:
+        """How each modality is decoded: image, text, audio or tabular."""
+        return {name: name for name in self.modalities}
+
+    @property
+    def average_rows(self) -> bool:
+        """Whether the probabilities of the samples of one row are averaged before they are scored."""
+        return False
+
     def class_names(self) -> list[str]:
         """Names of the C outputs in their order."""
         raise NotImplementedError(f"{type(self).__name__}.class_names")
