@@ -50,6 +50,13 @@ METHODS = Registry(
             "reconstruction",
         ),
         _row(
+            "mmp_vilt",
+            "MMPVilt",
+            _MMP,
+            "the published one: prompts per pattern and block on ViLT",
+            ("pattern", "fused"),
+        ),
+        _row(
             "maple",
             "MaPLe",
             _MAPLE,
