@@ -89,6 +89,41 @@ def prompt_tables(p, code, depth):
     return deep, common
 
 
+def tables_of_many(p, present, order, depth):
+    """Any number of modalities (DCP 3.7): V_j by modality and block, and the common and query entries of a pattern.
+
+    Args:
+        present: tuple of booleans, by modality.
+        order: patterns in the order of a table's entries; None: entries by modality, averaged over what is present.
+    """
+    count = len(present)
+
+    def entry(value):
+        if order is not None:
+            return value[order.index(present)]
+        return sum(value[k] for k in range(count) if present[k]) / sum(present)
+
+    state = [p[f"static.{m}"][0 if present[m] else 1] for m in range(count)]
+    deep = [[] for _ in range(count)]
+    for j in range(depth):
+        z = np.concatenate(state, axis=1)
+        state = []
+        for m in range(count):
+            key = f"generators.{m}.{j}"
+            if f"{key}.0.weight" not in p:
+                continue
+            x = layer_norm(z, p[f"{key}.0.weight"], p[f"{key}.0.bias"])
+            x = gelu(linear(x, p[f"{key}.1.weight"], p[f"{key}.1.bias"]))
+            state.append(linear(x, p[f"{key}.3.weight"], p[f"{key}.3.bias"]))
+            deep[m].append(state[-1])
+    common = []
+    for m in range(count):
+        key = f"common_maps.{m}"
+        x = gelu(linear(entry(p["common.value"]), p[f"{key}.0.weight"], p[f"{key}.0.bias"]))
+        common.append(linear(x, p[f"{key}.2.weight"], p[f"{key}.2.bias"]))
+    return deep, common, [entry(p[f"queries.{m}.value"]) for m in range(count)]
+
+
 def dynamic_prompts(p, m, code, tokens):
     """Multi-head attention with one head, as written: keys, values and their biases for all tokens."""
     d = tokens.shape[1]

@@ -11,6 +11,7 @@ from missing_modal.classifier import Classifier
 from missing_modal.methods.base import Context
 from missing_modal.methods.dcp import DCP
 from missing_modal.patterns import to_mask
+from missing_modal.prompts import CorrelatedPrompts
 from torch.nn import functional as F
 
 
@@ -166,3 +167,29 @@ def test_official_sizes():
                 "common_maps": 75_072,
                 "attention": 3_412_992,
             }
+
+
+@pytest.mark.parametrize("kind", ["table", "additive"])
+def test_tables_of_three_modalities(kind):
+    widths, blocks, depth = {"image": 8, "text": 6, "audio": 4}, [3, 4, 1], 3
+    prompts = CorrelatedPrompts(widths, 6, depth, blocks=blocks, reduction=4, pattern_params=kind).double()
+    rng = np.random.default_rng(2)
+    with torch.no_grad():
+        for value in prompts.parameters():
+            value.add_(torch.from_numpy(0.3 * rng.normal(size=tuple(value.shape))))
+    weights = arrays(prompts)
+    # The complete pattern, then pairs, then single modalities, each by value of their bits.
+    order = [(1, 1, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    masks = [7, 3, 5, 6, 1, 2, 4]
+    tables = prompts.tables(masks)
+    assert [len(deep) for deep in tables.deep] == [3, 3, 1]
+    for place, present in enumerate(order):
+        deep, common, queries = reference.tables_of_many(weights, present, order if kind == "table" else None, depth)
+        for m, width in enumerate(widths.values()):
+            for j, rows in enumerate(tables.deep[m]):
+                np.testing.assert_allclose(rows[place].detach(), deep[m][j], rtol=0, atol=1e-12)
+            np.testing.assert_allclose(tables.common[m][place].detach(), common[m], rtol=0, atol=1e-12)
+            in_weight, in_bias = weights[f"attention.{m}.in_proj_weight"], weights[f"attention.{m}.in_proj_bias"]
+            query = reference.linear(queries[m], in_weight[:width], in_bias[:width])
+            probe = query @ in_weight[width : 2 * width] / np.sqrt(width)
+            np.testing.assert_allclose(tables.probe[m][place].detach(), probe, rtol=0, atol=1e-12)
