@@ -190,6 +190,8 @@ def test_a_schedule_or_budget_stands_in_place_of_ratios() -> None:
         ("drop", None, "uniform:64"), ("recycle+lightvlm", None, "uniform:64"),
     ]  # fmt: skip
     assert [case.label for case in all_cases(config(methods=["snapkv"], kv="ratio:0.5"))] == ["snapkv"]
+    windows = all_cases(config(methods=["snapkv"], ratios=[0.5], method_options={"snapkv": {"window": 4}}))
+    assert [(case.options, case.arguments(0)["method"][0].window) for case in windows] == [({"window": 4}, 4)]
     assert Case("x", "drop", schedule="keep3").arguments(0)["schedule"] == "keep3", "with the preset's cache budget"
 
 
@@ -211,6 +213,9 @@ def test_schedules_as_text() -> None:
         ({"methods": [], "cases": {"a/b": {"method": "drop"}}}, "file's name"),
         ({"methods": ["drop"], "cases": {"drop-0.5": {"method": "drop"}}}, "twice"),
         ({"methods": ["drop"], "schedule": "llm:8"}, "schedule"),
+        ({"methods": ["drop"], "method_options": {"drop": {"windw": 4}}}, "no option"),
+        ({"methods": ["drop"], "method_options": {"drop": 4}}, "expected options by name"),
+        ({"methods": ["drop"], "kv": "half"}, "KV budget"),
         ({"methods": ["drop"], "schedule": "llm:x=0.5"}, "schedule"),
         ({"methods": ["drop"], "schedule": "llm:0=0.5"}, "no score"),
     ],

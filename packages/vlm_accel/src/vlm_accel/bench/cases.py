@@ -93,6 +93,8 @@ def all_cases(config: BenchConfig) -> list[Case]:
     Raises:
         UserError: an unknown method, an unknown key, a label twice or none that is a file name.
     """
+    for name, options in config.method_options.items():
+        create(name, **_mapping(name, options))
     rows = [row for method in _methods(config) for row in _rows(config, method)]
     rows += [_given(label, options) for label, options in config.cases.items()]
     seen: set[str] = set()
@@ -127,20 +129,24 @@ def _rows(config: BenchConfig, method: str) -> Iterator[Case]:
     """Rows of one method: one a ratio, or one with the given schedule."""
     names, group = names_of(method), stage_of(method)
     stages = [stage for name in names for stage in stages_of(METHODS.info(name).tags)]
+    options = dict(config.method_options.get(names[0]) or {}) if len(names) == 1 else {}
     if config.schedule is not None:
-        yield Case(f"{method}", method, schedule=config.schedule, kv=config.kv, group=group)
-    elif names == ["text_only"]:
-        yield Case(method, method, kv=config.kv, group=group)
+        yield Case(method, method, schedule=config.schedule, kv=config.kv, options=options, group=group)
+    elif names == ["text_only"] or (set(stages) == {"cache"} and config.kv is not None):
+        yield Case(method, method, kv=config.kv, options=options, group=group)
     elif set(stages) == {"cache"}:
-        options = f",{config.kv_options}" if config.kv_options else ""
-        for ratio in config.ratios if config.kv is None else [None]:
-            yield Case(
-                method if ratio is None else f"{method}-{ratio:g}", method,
-                kv=config.kv if ratio is None else f"ratio:{ratio:g}{options}", group=group,
-            )  # fmt: skip
+        more = f",{config.kv_options}" if config.kv_options else ""
+        for ratio in config.ratios:
+            yield Case(f"{method}-{ratio:g}", method, kv=f"ratio:{ratio:g}{more}", options=options, group=group)
     else:
         for ratio in config.ratios:
-            yield Case(f"{method}-{ratio:g}", method, ratio=ratio, kv=config.kv, group=group)
+            yield Case(f"{method}-{ratio:g}", method, ratio=ratio, kv=config.kv, options=options, group=group)
+
+
+def _mapping(name: str, options: Any) -> dict[str, Any]:
+    if not isinstance(options, dict):
+        raise UserError(f"method_options.{name}={options!r}; expected options by name, e.g. {{window: 4}}")
+    return options
 
 
 def _given(label: str, options: Any) -> Case:

@@ -68,6 +68,8 @@ class BenchConfig(RunConfig):
     """cache budget of every row, e.g. ratio:0.5 or uniform:512,scope=image"""
     kv_options: str = ""
     """options of the budgets that --ratios gives cache methods, e.g. recent=1,window=2"""
+    method_options: dict[str, Any] = field(default_factory=dict)
+    """options of methods by name, e.g. {snapkv: {window: 4}}"""
     cases: dict[str, Any] = field(default_factory=dict)
     """further rows by label: {method: NAME, ratio: …, schedule: …, kv: …, options: {…}, layout: …}"""
     batch: int = 0
