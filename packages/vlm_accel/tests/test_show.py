@@ -124,10 +124,18 @@ def test_several_pictures_are_rows(one):
 
 def test_tile_pictures_are_what_the_encoder_saw():
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
-    shown = torch.rand(2, 3, 4, 6, dtype=torch.float64)
+    shown = torch.rand(2, 3, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     shift, scale = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (mean, std))
     tiles = tile_pictures((shown - shift) / scale, mean, std)
     assert np.allclose(np.stack(tiles), shown.permute(0, 2, 3, 1).numpy())
+
+
+def test_pixels_are_the_same_in_every_form(one):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1)
+    forms = (pixels, Image.fromarray(pixels), tensor, tensor / 255, pixels / 255)
+    shown = [np.asarray(plot_score(form, one).axes[0].images[0].get_array(), np.float64) for form in forms]
+    assert all(np.allclose(form, shown[0], atol=1e-6) for form in shown)
 
 
 @pytest.mark.parametrize(

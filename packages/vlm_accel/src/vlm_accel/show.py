@@ -158,7 +158,10 @@ def _check(merge_map: MergeMap) -> None:
 
 def _plain(image: Any) -> Any:
     """A tensor on any device, a PIL image or an array, as something NumPy reads."""
-    return image.detach().cpu().float().numpy() if hasattr(image, "detach") else image
+    if not hasattr(image, "detach"):
+        return image
+    image = image.detach().cpu()
+    return (image.double() if image.is_floating_point() else image).numpy()
 
 
 def _pictures(image: Any, merge_map: MergeMap, tiles: tuple[int, int] | None) -> list[NDArray[Any]]:
