@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from missing_modal.draws import bare_linear
 from missing_modal.methods.base import Context, Method
 from missing_modal.patterns import all_masks
 
@@ -52,8 +53,7 @@ class Classifier(nn.Module):
         self.context = Context(specs, tuple(all_masks(modalities)), seed)
         self.prompter = method.build(self.context)
         features = sum(spec.features for spec in specs)
-        # Without torch's own initial values: they would come from the global generator.
-        self.head: nn.Linear = nn.utils.skip_init(nn.Linear, features, classes)  # type: ignore[no-untyped-call]
+        self.head = bare_linear(features, classes)
         draw = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             self.head.weight.normal_(0, 0.02, generator=draw)

@@ -8,7 +8,16 @@ import torch
 from polymodal.seeding import generator
 from torch import Tensor, nn
 
-__all__ = ["Draws"]
+__all__ = ["Draws", "bare_linear"]
+
+
+def bare_linear(inputs: int, outputs: int) -> nn.Linear:
+    """A linear layer whose values are still to be set; the global generator is left as it was.
+
+    Not ``nn.utils.skip_init``: its first call imports torch's decompositions, seconds of every start.
+    """
+    with torch.random.fork_rng(devices=[]):
+        return nn.Linear(inputs, outputs)
 
 
 class Draws:
@@ -34,7 +43,7 @@ class Draws:
 
     def linear(self, name: str, inputs: int, outputs: int) -> nn.Linear:
         """A linear layer with torch's default initial values: weight and bias uniform in +-1/sqrt(inputs)."""
-        layer: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs)  # type: ignore[no-untyped-call]
+        layer = bare_linear(inputs, outputs)
         draw = generator(self._seed, *self._names, name)
         bound = 1 / math.sqrt(inputs)
         with torch.no_grad():
