@@ -195,7 +195,7 @@ class Manifest(FileData):
         return known  # type: ignore[no-any-return]
 
     def _read_folder(self, folder: Path) -> tuple[_Header, dict[str, list[tuple[str, dict[str, Any]]]]]:
-        header, splits = _Header(), {}
+        header, splits = _Header(), dict[str, list[tuple[str, dict[str, Any]]]]()
         for split in SPLITS:
             path = folder / f"{split}.jsonl"
             if split == "val" and not path.is_file():
@@ -232,7 +232,8 @@ class Manifest(FileData):
 
 def _rows(path: Path) -> tuple[_Header, list[tuple[int, str, dict[str, Any]]]]:
     """Header and checked rows of a file."""
-    header, rows, lines = _Header(), [], {}
+    header, rows = _Header(), list[tuple[int, str, dict[str, Any]]]()
+    lines: dict[str, int] = {}
     for number, row in jsonl_rows(path, "manifest", _REMEDY):
         where = f"{path}:{number}"
         if "schema" in row and not rows:

@@ -69,10 +69,10 @@ def _folder(folder: Path) -> tuple[Callable[[str], list[int]], int, int]:
         raise UserError(
             f"tokenizer {folder}: neither tokenizer.json nor vocab.json is there; give CLIP's folder, or clip"
         )
-    from transformers import CLIPTokenizerFast
+    from transformers import CLIPTokenizer
 
     try:
-        loaded = CLIPTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+        loaded = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"tokenizer {folder} cannot be read ({str(error).splitlines()[0]}); copy it again") from error
 
