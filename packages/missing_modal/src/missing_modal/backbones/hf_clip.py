@@ -43,7 +43,7 @@ def load_hf_clip(folder: Path | str, weights: Path | str, seed: int = 0) -> tupl
     if not (place / "config.json").is_file():
         raise UserError(f"{identity}: no config.json in {place}; give --backbone.weights the folder of the model")
     try:
-        config = CLIPConfig.from_pretrained(place, local_files_only=True)
+        config: Any = CLIPConfig.from_pretrained(place, local_files_only=True)
         if str(weights) == "random":
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
@@ -53,7 +53,7 @@ def load_hf_clip(folder: Path | str, weights: Path | str, seed: int = 0) -> tupl
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0][:160]
         raise UserError(f"{identity}: {place} cannot be read ({reason}); give the folder of a CLIPModel") from error
-    return read_hf_clip(model, identity, _tokenizer(place, model.config.text_config.vocab_size))
+    return read_hf_clip(model, identity, _tokenizer(place, config.text_config.vocab_size))
 
 
 def read_hf_clip(model: nn.Module, identity: str, tokenizer: str | None = None) -> tuple[ImageTower, TextTower]:

@@ -54,11 +54,8 @@ def pretrain(
         UserError: fewer than two towers, features of different lengths, inputs that lack a modality or a row.
     """
     count = _check(towers, inputs, batch_size)
-    about = {
-        "steps": steps,
-        "batch_size": batch_size,
-        "lr": lr,
-        "seed": seed,
+    about: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed}
+    about |= {
         "start": [_digest(tower.state()) for tower in towers],
         "inputs": _digest({tower.spec.name: inputs[tower.spec.name] for tower in towers}),
     }
@@ -67,12 +64,12 @@ def pretrain(
     learners = [_Learner(tower) for tower in towers]
     scale = nn.Parameter(torch.tensor(1 / 0.07).log())
     weights = [value for learner in learners for value in learner.parameters()]
-    optimizer = torch.optim.AdamW([{"params": weights}, {"params": [scale], "weight_decay": 0.0}], lr=lr)
-    names = [tower.spec.name for tower in towers]
+    groups: list[dict[str, Any]] = [{"params": weights}, {"params": [scale], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr)
     loss = torch.zeros(())
     for step in range(steps):
         rows = torch.randperm(count, generator=generator(seed, "pretrain", step))[:batch_size]
-        found = [learner(inputs[name][rows]) for name, learner in zip(names, learners, strict=True)]
+        found = [learner(inputs[tower.spec.name][rows]) for tower, learner in zip(towers, learners, strict=True)]
         pairs = [contrast(found[a], found[b], scale) for a, b in combinations(range(len(found)), 2)]
         loss = torch.stack(pairs).mean()
         optimizer.zero_grad(set_to_none=True)

@@ -184,9 +184,9 @@ _KNOWN: dict[str, Any] = {}
 
 def _bert(folder: str) -> Any:
     if folder not in _KNOWN:
-        from transformers import BertTokenizerFast
+        from transformers import BertTokenizer
 
-        _KNOWN[folder] = BertTokenizerFast.from_pretrained(folder, local_files_only=True)
+        _KNOWN[folder] = BertTokenizer.from_pretrained(folder, local_files_only=True)
     return _KNOWN[folder]
 
 
