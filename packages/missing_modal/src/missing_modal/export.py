@@ -91,7 +91,7 @@ def export(
             in a checkpoint's ``missing_modal``); further plain data is kept.
         kind: ``trainable`` or ``baked``. A method without generators of its own is baked as it is.
         dtype: number format of the file: float32, float16, bfloat16, or float64.
-        temperatures: by pattern; default: 1.
+        temperatures: by pattern; None: the model was not calibrated.
 
     Returns:
         The model as ``load`` will give it, bit for bit: on the CPU, rounded to ``dtype``, computing as ``model`` does.
@@ -110,15 +110,16 @@ def export(
 
     shown, tensors = _stored(model, kind)
     tensors = {name: _rounded(name, value, _FORMATS[dtype]) for name, value in tensors.items()}
-    temperatures = temperatures or Temperatures({}, 1.0, shown.context.modalities)
     header = {
         **about,
         "format_version": FORMAT_VERSION,
         "kind": kind,
         "stored": dtype,
         "computed": str(shown.head.weight.dtype).removeprefix("torch."),
-        "temperatures": temperatures.to_json(),
+        "temperatures": None if temperatures is None else temperatures.to_json(),
     }
+    if temperatures is not None and temperatures.rows:
+        header["calibrated_on"] = sum(temperatures.rows.values())
     prompts = getattr(shown.prompter, "prompts", None)
     if isinstance(prompts, BakedPrompts):
         header["baked"] = {"counts": prompts.counts, "masks": prompts.masks}
@@ -256,7 +257,8 @@ def load(path: Path, towers: Sequence[Tower]) -> Exported:
 
     Args:
         path: file of ``export``.
-        towers: the encoders that it was trained with, as they are read from their own file.
+        towers: the encoders that it was trained with, as they are read from their own file. For a model that computes
+            in float64 they are brought to it.
 
     Returns:
         The model that ``export`` returned, bit for bit.
@@ -276,7 +278,11 @@ def load(path: Path, towers: Sequence[Tower]) -> Exported:
     _fill(model, tensors, path)
     if about["kind"] == "baked":
         model.requires_grad_(False)
-    temperatures = Temperatures.from_json(about.get("temperatures"), model.context.modalities)
+    if computed is torch.float64:
+        for tower in towers:
+            tower.to("cpu", computed)
+    names, stored = model.context.modalities, about.get("temperatures")
+    temperatures = Temperatures({}, 1.0, names) if stored is None else Temperatures.from_json(stored, names)
     return Exported(model.eval(), about, temperatures)
 
 
