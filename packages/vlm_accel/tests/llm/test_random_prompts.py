@@ -28,7 +28,11 @@ STEPS = st.lists(
 ).map(lambda pairs: [Step("llm", layer, ratio=ratio) for layer, ratio in sorted(pairs)])
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+def hooks(net: torch.nn.Module) -> list[tuple[int, ...]]:
+    return [(*module._forward_pre_hooks, *module._forward_hooks) for module in net.modules()]
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(
     samples=prompts(),
     schedule=STEPS,
@@ -48,6 +52,7 @@ def test_random_prompts(
     ids = torch.randint(2, 80, rows.shape, generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "attention_mask": (rows >= 0).long(), "image_mask": rows == 1}
     changed = any(step.count(n) < n for sample in samples for n, _ in sample for step in schedule)
+    before = hooks(net)  # transformers leaves hooks of its own where attentions were asked for once
     with decoder(net, method, schedule) as session:
         out = net(**batch)
         layers = session.cache.layers
@@ -70,11 +75,12 @@ def test_random_prompts(
         if not right:
             more = net.generate(**batch, max_new_tokens=2, do_sample=False)
             assert more.shape[1] == length + 2
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in net.modules())
+    assert hooks(net) == before
 
 
 def test_hooks_are_gone_when_the_prompt_is_refused() -> None:
     net = model("llama")
+    before = hooks(net)
     with pytest.raises(ValueError, match="exactly one"), decoder(net, "drop", [Step("llm", 2, ratio=0.5)]):
         net()
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in net.modules())
+    assert hooks(net) == before
