@@ -13,8 +13,8 @@ import torch
 from polymodal.errors import UserError
 
 from missing_modal.calibration import Temperatures
-from missing_modal.classifier import Classifier
-from missing_modal.export import check_towers, load, read
+from missing_modal.export import Model, check_towers, load, read
+from missing_modal.fused import build_classifier
 from missing_modal.job import CALIBRATION_FILE, CALIBRATION_VERSION, TOWERS_FILE
 from missing_modal.methods import METHODS
 from missing_modal.module import META_VERSION, MMModule
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from missing_modal.backbones.base import Tower
     from missing_modal.eval_settings import BackboneChoice
 
-__all__ = ["Trained", "find_towers", "load_trained", "pick_device"]
+__all__ = ["Trained", "find_towers", "load_trained", "pick_device", "weights_file"]
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Trained:
         path: the file it came from.
     """
 
-    model: Classifier
+    model: Model
     meta: dict[str, Any]
     temperatures: Temperatures | None
     calibrated_on: int
@@ -69,7 +69,7 @@ def load_trained(path: Path, backbone: BackboneChoice | None = None) -> Trained:
     Raises:
         UserError: nothing there, a damaged or foreign file, one of a newer version, or other encoders.
     """
-    file = _file_of(Path(path).expanduser())
+    file = weights_file(Path(path).expanduser())
     if file.suffix != ".ckpt":
         about, _ = read(file)
         loaded = load(file, find_towers(about, file, backbone))
@@ -92,8 +92,12 @@ def load_trained(path: Path, backbone: BackboneChoice | None = None) -> Trained:
     return Trained(model, meta, temperatures, rows, file)
 
 
-def _file_of(path: Path) -> Path:
-    """The file with the weights."""
+def weights_file(path: Path) -> Path:
+    """The file with the weights that a path means.
+
+    Raises:
+        UserError: there is none.
+    """
     if path.is_file():
         return path
     for name in ("checkpoints/best.ckpt", "checkpoints/stage0.ckpt", "checkpoints/last.ckpt", "baked.safetensors"):
@@ -107,11 +111,11 @@ def _run_folder(file: Path) -> Path:
     return file.parent.parent if file.parent.name in ("checkpoints", "export") else file.parent
 
 
-def _model_of(meta: Mapping[str, Any], towers: Sequence[Tower], state: Mapping[str, Any], file: Path) -> Classifier:
+def _model_of(meta: Mapping[str, Any], towers: Sequence[Tower], state: Mapping[str, Any], file: Path) -> Model:
     method = METHODS.create(meta["method"], **meta["method_options"])
-    model = Classifier(towers, method, len(meta["class_names"]))
+    model = build_classifier(towers, method, len(meta["class_names"]))
     weights = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
-    if weights.get("head.weight") is not None and weights["head.weight"].dtype == torch.float64:
+    if any(name.startswith("head.") and value.dtype == torch.float64 for name, value in weights.items()):
         model.double()  # trained with precision 64-true, encoders and all
         for tower in towers:
             tower.to("cpu", torch.float64)
@@ -161,23 +165,21 @@ def find_towers(meta: Mapping[str, Any], file: Path, backbone: BackboneChoice | 
         stored["weights"] = None  # those of another model
     config = BackboneConfig(**{**stored, **given})
     found: dict[str, Tower] = {}
-    beside = _run_folder(file) / TOWERS_FILE
-    small = config.weights if config.name == "small" and config.weights is not None else beside
-    if small.is_file():
-        found = {tower.spec.name: tower for tower in read_towers(small)[0]}
-    lacking = [name for name in meta["modalities"] if name not in found]
-    if lacking and config.name == "small":
-        raise UserError(
-            f"{file}: the small encoders of {', '.join(lacking)} are not in {small}; give --backbone.weights FILE, the "
-            f"{TOWERS_FILE} of its run"
-        )
-    if lacking:
+    if config.name != "small":
         from missing_modal.backbones.load import load_towers
 
-        found |= {tower.spec.name: tower for tower in load_towers(config.name, config.weights, config.seed)}
+        loaded = load_towers(config.name, config.weights, config.seed, config.context or None)
+        found = {tower.spec.name: tower for tower in loaded}
+    beside = _run_folder(file) / TOWERS_FILE
+    small = config.weights if config.name == "small" and config.weights is not None else beside
+    if small.is_file() and any(name not in found for name in meta["modalities"]):
+        found = {tower.spec.name: tower for tower in read_towers(small)[0]} | found
     rest = [name for name in meta["modalities"] if name not in found]
     if rest:
-        raise UserError(f"{file}: no encoder for {', '.join(rest)}; give --backbone and --backbone.weights")
+        raise UserError(
+            f"{file}: the small encoders of {', '.join(rest)} are not in {small}; give --backbone.weights FILE, the "
+            f"{TOWERS_FILE} of its run, or --backbone NAME and its weights"
+        )
     towers = tuple(found[name] for name in meta["modalities"])
     for tower in towers:
         _give_tokenizer(tower, (meta.get("kinds") or {}).get(tower.spec.name, ""))

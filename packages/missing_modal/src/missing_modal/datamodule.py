@@ -239,6 +239,12 @@ class MMDataModule(L.LightningDataModule):
         """Training samples under their table, in order, all of them in every process; nothing is drawn."""
         return (self.with_lengths(batch) for batch in self.loader("train", shard=False))
 
+    def first(self, split: str, count: int) -> Batch:
+        """The first so many samples of a split, as one batch."""
+        dataset = self.dataset(split)
+        rows = [dataset[index, 0] for index in range(min(count, len(dataset)))]
+        return self.with_lengths(collate(rows, self.reader.modalities, self.reader.task))
+
     def train_dataloader(self) -> LazyLoader:
         """Training batches; the loader that ``setup`` made."""
         return self._train_loader or self._make_train_loader()

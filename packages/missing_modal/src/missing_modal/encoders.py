@@ -28,7 +28,7 @@ __all__ = ["build_towers", "small_towers", "train_small"]
 log = logging.getLogger(__name__)
 _PAIRS = 16_000
 """most complete rows that small encoders are trained on: 250 batches of 64"""
-_IMAGE_SIDE, _PATCHES_A_SIDE, _MELS, _COLUMNS = 32, 4, 32, 16
+_IMAGE_SIDE, _PATCHES_A_SIDE, _MELS, _COLUMNS, _CONTEXT = 32, 4, 32, 16, 77
 
 
 def build_towers(config: BackboneConfig, reader: MMData) -> tuple[Tower, ...]:
@@ -50,7 +50,7 @@ def build_towers(config: BackboneConfig, reader: MMData) -> tuple[Tower, ...]:
         return train_small(config, reader, small_towers(config, reader, reader.modalities))
     from missing_modal.backbones.load import load_towers
 
-    loaded = load_towers(config.name, config.weights, config.seed)
+    loaded = load_towers(config.name, config.weights, config.seed, config.context or None)
     known = {tower.spec.name for tower in loaded}
     # Encoders of modalities that the data lacks stay away; those that the published model lacks are small and random.
     others = [name for name in reader.modalities if name not in known]
@@ -106,9 +106,10 @@ def _small(config: BackboneConfig, kind: str, name: str, values: list[Any]) -> T
     if kind == "text":
         if shape:  # ids already; the end of text is the largest
             return small.small_text(max(int(value.max()) for value in values) + 1, shape[-1], **sizes)
-        context = min(config.context, max(len(value.encode("utf-8", "replace")) for value in values) + 2)
-        tower = small.small_text(ByteTokens.vocabulary, max(context, 3), **sizes)
-        tower.tokenizer = ByteTokens(max(context, 3))
+        longest = max(len(value.encode("utf-8", "replace")) for value in values)
+        context = max(3, min(config.context or _CONTEXT, longest + 2))
+        tower = small.small_text(ByteTokens.vocabulary, context, **sizes)
+        tower.tokenizer = ByteTokens(context)
         return tower
     if kind == "tabular":
         from missing_modal.data.arrays import numbers
@@ -122,7 +123,7 @@ def _small(config: BackboneConfig, kind: str, name: str, values: list[Any]) -> T
         return small.small_audio(_MELS, frames, (_MELS // 2, _COLUMNS), **sizes)
     if len(shape) == 2:
         return small.small_patches(shape[0], shape[1], **sizes)
-    if len(shape) == 3:
+    if len(shape) == 3 and "float" in str(first.dtype):  # else a picture (H, W, 3), which will be resized
         return small.small_image(shape[1], max(1, shape[1] // _PATCHES_A_SIDE), shape[0], **sizes)
     return small.small_image(_IMAGE_SIDE, _IMAGE_SIDE // _PATCHES_A_SIDE, 3, **sizes)
 

@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
-_FLAGS = ("--debug", "--print_config", "--overwrite")
+_FLAGS = ("--debug", "--print_config")
 """Options that take no value."""
 _INPUTS = ("image", "text", "audio", "tabular")
 _LISTS = ("without", "sample")
@@ -157,11 +157,8 @@ def gather(arguments: Sequence[str]) -> list[str]:
             rest.append(word if word.startswith("-") else f"--checkpoint={word}")
         elif name in _LISTS:
             lists.setdefault(name, []).extend([value] if eq else _taken(waiting))
-        elif name in _INPUTS or option.startswith("--inputs."):
-            if not eq:
-                if not waiting:
-                    raise UserError(f"{option} needs a value")
-                value = waiting.pop(0)
+        elif (name in _INPUTS or option.startswith("--inputs.")) and (eq or waiting):
+            value = value if eq else waiting.pop(0)
             inputs[option.removeprefix("--").removeprefix("inputs.")] = value
         else:
             rest.append(word)

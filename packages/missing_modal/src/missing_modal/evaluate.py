@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,10 @@ mm-eval RUN/export/baked.safetensors --data mmimdb --data.root DIR --backbone.we
 mm-eval runs/missing_modal/RUN --export small                    # the model as files to go on with, and to use
 """
 PREDICTIONS = "predictions.jsonl"
+_COMPARED = 64
+"""samples on which exported files are compared with the model"""
+_OF_THE_FILE = ("schema_version", "format_version", "kind", "stored", "computed", "temperatures", "baked")
+"""what a header says of its own file, not of the model"""
 _log = logging.getLogger(__name__)
 
 
@@ -149,6 +154,7 @@ def _measure(
     from missing_modal.figures import reliability, save
     from missing_modal.job import predict_records
     from missing_modal.metrics import report as scores
+    from missing_modal.metrics import score_samples, summarise
     from missing_modal.records import pack
     from missing_modal.report import make_report, write_report
 
@@ -173,7 +179,12 @@ def _measure(
     )
     save(run.folder / "figures" / "reliability.png", picture)
     prefix = f"{config.split}/"
-    return report, scores(packed.logits, packed.labels, packed.masks, module.task, trained.modalities, prefix)
+    found = scores(packed.logits, packed.labels, packed.masks, module.task, trained.modalities, prefix)
+    if trained.temperatures is not None:
+        scaled = trained.temperatures.scale(packed.logits, packed.masks)
+        after = summarise(score_samples(scaled, packed.labels, module.task))
+        found |= {f"{prefix}{name}_calibrated": after[name] for name in ("nll", "ece")}
+    return report, {name: value for name, value in found.items() if not math.isnan(value)}
 
 
 def _write_predictions(run: Run, trained: Trained, packed: Packed) -> None:
@@ -204,14 +215,11 @@ def _export(config: EvalConfig, trained: Trained, data: MMDataModule) -> list[st
     trained.model.cpu()
     for tower in trained.model.towers:
         tower.to("cpu")
-    first = data.with_lengths(next(iter(data.loader(config.split, shard=False))))
+    first = data.first(config.split, _COMPARED)
     about: dict[str, Any] = {key: value for key, value in trained.meta.items() if key not in _OF_THE_FILE}
     if trained.calibrated_on:
         about["calibrated_on"] = trained.calibrated_on
     return write_exports(folder, trained.model, about, trained.temperatures, baked=config.export_dtype, batches=[first])
-
-
-_OF_THE_FILE = ("schema_version", "format_version", "kind", "stored", "computed", "temperatures", "baked")
 
 
 def _show(run: Run, report: Report, trained: Trained, exported: list[str]) -> None:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from polymodal.errors import UserError
@@ -21,6 +21,7 @@ from torch import Tensor
 from missing_modal.backbones.base import Tower, state_hash
 from missing_modal.calibration import Temperatures
 from missing_modal.classifier import Classifier
+from missing_modal.fused import FusedClassifier, build_classifier
 from missing_modal.methods import METHODS
 from missing_modal.methods.dcp import DCPPrompter
 from missing_modal.prompts import BakedPrompts, PromptTables
@@ -32,6 +33,7 @@ __all__ = [
     "FORMAT_VERSION",
     "KINDS",
     "Exported",
+    "Model",
     "check_towers",
     "export",
     "largest_difference",
@@ -40,6 +42,7 @@ __all__ = [
     "write_exports",
 ]
 
+Model: TypeAlias = Classifier | FusedClassifier
 FORMAT_VERSION = 1
 """Of the files; a newer one is refused."""
 KINDS = {
@@ -63,7 +66,7 @@ class Exported:
         temperatures: by pattern, as fitted on the validation split (1 where there was no calibration).
     """
 
-    model: Classifier
+    model: Model
     about: dict[str, Any]
     temperatures: Temperatures
 
@@ -73,13 +76,13 @@ class Exported:
 
 def export(
     path: Path,
-    model: Classifier,
+    model: Model,
     about: Mapping[str, Any],
     *,
     kind: str,
     dtype: str = "float32",
     temperatures: Temperatures | None = None,
-) -> Classifier:
+) -> Model:
     """Write a model.
 
     Frozen copies of norms and projections are left out: they come with the encoders.
@@ -115,7 +118,7 @@ def export(
         "format_version": FORMAT_VERSION,
         "kind": kind,
         "stored": dtype,
-        "computed": str(shown.head.weight.dtype).removeprefix("torch."),
+        "computed": str(_computes_in(shown)).removeprefix("torch."),
         "temperatures": None if temperatures is None else temperatures.to_json(),
     }
     if temperatures is not None and temperatures.rows:
@@ -129,7 +132,12 @@ def export(
     return shown
 
 
-def _stored(model: Classifier, kind: str) -> tuple[Classifier, dict[str, Tensor]]:
+def _computes_in(model: Model) -> torch.dtype:
+    """Number format of the trained parts."""
+    return next(model.head.parameters()).dtype
+
+
+def _stored(model: Model, kind: str) -> tuple[Model, dict[str, Tensor]]:
     """A copy of the model as the file will have it, on the CPU, and the tensors that go into the file."""
     shown = _copied(model)
     frozen = _of_the_towers(shown)
@@ -137,7 +145,7 @@ def _stored(model: Classifier, kind: str) -> tuple[Classifier, dict[str, Tensor]
         if isinstance(getattr(model.prompter, "prompts", None), BakedPrompts):
             raise UserError("baked prompts cannot be trained; export trainable from the run folder or its checkpoint")
     elif isinstance(shown.prompter, DCPPrompter):
-        dtype = shown.head.weight.dtype
+        dtype = _computes_in(shown)
         # Products of weights in float64: the tables of float32 weights are then right to their last bit but one.
         shown.prompter = shown.prompter.double().bake().to(dtype)
     if kind == "baked":
@@ -146,7 +154,7 @@ def _stored(model: Classifier, kind: str) -> tuple[Classifier, dict[str, Tensor]
     return shown.eval(), tensors
 
 
-def _of_the_towers(model: Classifier) -> set[str]:
+def _of_the_towers(model: Model) -> set[str]:
     """Names of norms and projections that are frozen and just as in the encoders."""
     found = set()
     for place, spec in enumerate(model.context.towers):
@@ -157,7 +165,7 @@ def _of_the_towers(model: Classifier) -> set[str]:
     return found
 
 
-def _copied(model: Classifier) -> Classifier:
+def _copied(model: Model) -> Model:
     """A copy on the CPU that shares the encoders, which are no submodules and are never changed."""
     memo = {id(tower): tower for tower in model.towers}
     return copy.deepcopy(model, memo).cpu()
@@ -175,7 +183,7 @@ def _rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     return stored
 
 
-def _fill(model: Classifier, tensors: Mapping[str, Tensor], path: Path) -> None:
+def _fill(model: Model, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Put the stored tensors in, in the number format that the model computes in."""
     try:
         result = model.load_state_dict(dict(tensors), strict=False)
@@ -269,7 +277,7 @@ def load(path: Path, towers: Sequence[Tower]) -> Exported:
     about, tensors = read(path)
     check_towers(about, towers, path)
     method = METHODS.create(about["method"], **about["method_options"])
-    model = Classifier(towers, method, len(about["class_names"]))
+    model = build_classifier(towers, method, len(about["class_names"]))
     computed = _FORMATS.get(about.get("computed", "float32"), torch.float32)
     if "baked" in about:
         # The prompter that the method builds gives the outer shell; its generators are not needed.
@@ -286,7 +294,7 @@ def load(path: Path, towers: Sequence[Tower]) -> Exported:
     return Exported(model.eval(), about, temperatures)
 
 
-def _baked(model: Classifier, layout: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> DCPPrompter:
+def _baked(model: Model, layout: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> DCPPrompter:
     """A prompter with the tables of a file, in the number format of the file."""
     shell = model.prompter
     if not isinstance(shell, DCPPrompter):
@@ -318,7 +326,7 @@ def _baked(model: Classifier, layout: Mapping[str, Any], tensors: Mapping[str, T
 # ------------------------------------------------------------------ both, at the end of a training
 
 
-def largest_difference(one: Classifier, other: Classifier, batches: Iterable[Batch]) -> float:
+def largest_difference(one: Model, other: Model, batches: Iterable[Batch]) -> float:
     """Largest difference of two models' logits over some batches."""
     found = 0.0
     with torch.inference_mode():
@@ -330,7 +338,7 @@ def largest_difference(one: Classifier, other: Classifier, batches: Iterable[Bat
 
 def write_exports(
     folder: Path,
-    model: Classifier,
+    model: Model,
     about: Mapping[str, Any],
     temperatures: Temperatures | None = None,
     *,

@@ -25,7 +25,7 @@ class ArrayInput:
         """The value as a tensor on the CPU."""
         if isinstance(value, Tensor):
             return value
-        if hasattr(value, "__array__") and not hasattr(value, "convert"):  # a picture can be made an array, too
+        if hasattr(value, "__array__"):
             return torch.as_tensor(value)
         return self.decode(value)
 
@@ -35,10 +35,17 @@ class ArrayInput:
 
 
 class ImageInput(ArrayInput):
-    """A picture (path or bytes), resized and centre-cropped, then normalised as the tower was trained (DCP 3.6)."""
+    """A picture, resized and centre-cropped, then normalised as the tower was trained (DCP 3.6).
+
+    Paths, bytes, ``PIL.Image`` and arrays (H, W, 3) of uint8 are pictures; float arrays (C, H, W) pass as they are.
+    """
 
     def __init__(self, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> None:
         self.size, self.mean, self.std = size, tuple(mean), tuple(std)
+
+    def __call__(self, value: Any) -> Tensor:
+        """(3, H, W) float32."""
+        return value if isinstance(value, Tensor) else self.decode(value)
 
     def decode(self, value: Any) -> Tensor:
         """(3, H, W) float32."""

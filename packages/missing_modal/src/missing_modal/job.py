@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sized
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from missing_modal.calibration import Temperatures
     from missing_modal.classifier import Classifier
     from missing_modal.datamodule import MMDataModule
+    from missing_modal.fused import FusedClassifier
     from missing_modal.methods.base import Method
     from missing_modal.module import MMModule
     from missing_modal.report import Report
@@ -32,6 +36,8 @@ log = logging.getLogger(__name__)
 CALIBRATION_FILE = "calibration.json"
 CALIBRATION_VERSION = 1
 TOWERS_FILE = "towers.safetensors"
+_COMPARED = 8
+"""test samples on which exported files are compared with the model"""
 
 
 class Job:
@@ -101,7 +107,11 @@ class Job:
         """What the manifest says about the data."""
         tables = {split: self.missing_text(split) for split in self.tables}
         patterns = {split: self.counts(split) for split in self.tables}
-        return {**self.reader.describe(), "missing": tables, "patterns": patterns}
+        drawn = {
+            split: hashlib.sha256(json.dumps(sorted(table.masks.items())).encode()).hexdigest()[:16]
+            for split, table in self.tables.items()
+        }
+        return {**self.reader.describe(), "missing": tables, "patterns": patterns, "tables": drawn}
 
     def check(self) -> None:
         """Look at everything before a run folder is made.
@@ -143,15 +153,15 @@ class Job:
 
         return {t.spec.name: {"identity": t.identity, "sha256": state_hash(t)} for t in self.towers}
 
-    def build_model(self) -> Classifier:
+    def build_model(self) -> Classifier | FusedClassifier:
         """Encoders, prompts and head with their initial values.
 
         Raises:
-            UserError: options of the method that do not fit the encoders.
+            UserError: a method or options that do not fit the encoders.
         """
-        from missing_modal.classifier import Classifier
+        from missing_modal.fused import build_classifier
 
-        return Classifier(self.towers, self.method, len(self.reader.class_names()), seed=self.config.seed)
+        return build_classifier(self.towers, self.method, len(self.reader.class_names()), self.config.seed)
 
     def meta(self) -> dict[str, Any]:
         """What a checkpoint says about itself, under ``missing_modal``."""
@@ -250,7 +260,7 @@ class Job:
             for split, table in self.tables.items():
                 save_table(run.folder / "tables" / f"{split}.json", table)
             self._write_towers(run)
-        run.note(backbone=self.backbone)
+        run.note(backbone=self.backbone, method_options=self.meta()["method_options"])
         validated = bool(self.masks.get("val"))
         monitor = f"val/{self.reader.metric}" if validated else None
         trainer = fit(module, data, self.config.trainer, run, monitor=monitor)
@@ -258,7 +268,8 @@ class Job:
         rows = 0
         if validated and self.config.calibration.enabled:
             module.temperatures, rows = self.calibrate(module, data, trainer.strategy.root_device)
-        metrics = evaluate_fitted(module, data, trainer)
+        found = evaluate_fitted(module, data, trainer)
+        metrics = {name: value for name, value in found.items() if not math.isnan(value)}
         packed = pack(module.records, module.task)
         report = make_report(
             packed,
@@ -275,7 +286,7 @@ class Job:
         if run.is_writer:
             write_report(run.folder, report)
             self._write_extras(run, module, packed, rows)
-            self._write_exports(run, module)
+            self._write_exports(run, module, data, rows)
         run.note(metric_signatures=dict.fromkeys(metrics, self.missing_text("test")))
         return metrics, report
 
@@ -316,19 +327,27 @@ class Job:
 
     def _write_towers(self, run: Run) -> None:
         """Small encoders beside the run: they exist nowhere else, and prediction needs no training data then."""
-        if self.config.backbone.name != "small":
-            return
+        from missing_modal.backbones.transformer import TransformerTower
         from missing_modal.backbones.weights import save_towers
 
-        save_towers(run.folder / TOWERS_FILE, self.towers, {"data": self.reader.name})
+        small = [t for t in self.towers if isinstance(t, TransformerTower) and t.identity.startswith("small:")]
+        if small:
+            save_towers(run.folder / TOWERS_FILE, small, {"data": self.reader.name})
 
-    def _write_exports(self, run: Run, module: MMModule) -> None:
+    def _write_exports(self, run: Run, module: MMModule, data: MMDataModule, rows: int) -> None:
         """The small files of the trained prompts; a line about each on the terminal."""
+        from missing_modal.classifier import Classifier
         from missing_modal.export import write_exports
 
         module.to("cpu").eval()
         module.place("cpu")
-        for line in write_exports(run.folder / "export", module.model, module.meta, module.temperatures):
+        if not isinstance(module.model, Classifier):
+            log.info("no small files: %s runs inside its encoder; the checkpoint has everything", self.config.method)
+            return
+        about = {**module.meta, "calibrated_on": rows}
+        # A few samples tell what rounding changes; encoders in another number format would tell of that, instead.
+        batches = [data.first("test", _COMPARED)] if self.dtype() is None else []
+        for line in write_exports(run.folder / "export", module.model, about, module.temperatures, batches=batches):
             log.info("%s", line)
 
 
@@ -355,7 +374,7 @@ def predict_records(
     module.to(device).eval()
     module.place(device)
     records: dict[str, Any] = {}
-    total = len(batches) if hasattr(batches, "__len__") else 0
+    total = len(batches) if isinstance(batches, Sized) else 0
     with torch.no_grad(), torch.autocast(device.type, kinds.get(precision), enabled=precision in kinds):
         for batch in counted(batches, "batches evaluated", total):
             records.update(module.evaluate(batch.to(device)))

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from missing_modal.calibration import Temperatures
     from missing_modal.classifier import Classifier
     from missing_modal.data.base import Task
+    from missing_modal.fused import FusedClassifier
 
 __all__ = ["META_VERSION", "MMModule", "check_meta", "decays", "loss_of"]
 
@@ -73,7 +74,7 @@ class MMModule(TaskModule):
 
     def __init__(
         self,
-        model: Classifier,
+        model: Classifier | FusedClassifier,
         optim: OptimConfig,
         *,
         task: Task,

@@ -47,17 +47,9 @@ def main() -> int:
         prog="mm-predict",
         example=EXAMPLE,
         aliases={"backbone": "backbone.name"},
-        argv=_arguments(sys.argv[1:]),
+        argv=gather(sys.argv[1:]),
     )
     return code or int(bool(failed))
-
-
-def _arguments(arguments: Sequence[str]) -> list[str]:
-    """``gather``, whose errors are told by ``command``: an option without value stays one."""
-    try:
-        return gather(arguments)
-    except UserError:
-        return list(arguments)
 
 
 def predict(config: PredictConfig) -> list[str]:
@@ -233,7 +225,11 @@ def samples_of_run(ids: Sequence[str], trained: Trained, path: Path) -> list[Sam
     by_id = {sample.id: sample for split in SPLITS for sample in config.data.samples(split)}
     unknown = next((name for name in ids if name not in by_id), None)
     if unknown is not None:
-        raise UserError(f"--sample {unknown}: no such sample in {config.data.name}; {did_you_mean(unknown, by_id)}")
+        near = did_you_mean(unknown, by_id)
+        raise UserError(
+            f"--sample {unknown}: no such sample in {config.data.name}; {near}mm-eval lists those of a split in its "
+            "predictions.jsonl"
+        )
     return [by_id[name] for name in ids]
 
 

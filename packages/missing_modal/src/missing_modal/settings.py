@@ -20,7 +20,7 @@ class BackboneConfig:
     """The frozen encoders."""
 
     name: str = "small"
-    """small (trained on the spot, then frozen), open_clip:MODEL, hf_clip:FOLDER, towers:FILE"""
+    """small (trained on the spot, then frozen), open_clip:MODEL, hf_clip:FOLDER, vilt:FOLDER, towers:FILE"""
     weights: Path | None = None
     """file with the weights of the encoders; small: made in the cache"""
     width: int = 32
@@ -31,8 +31,8 @@ class BackboneConfig:
     """attention heads of small encoders"""
     features: int = 16
     """e of small encoders"""
-    context: int = 77
-    """most positions of small text encoders (bytes)"""
+    context: int = 0
+    """positions of texts: most bytes of small encoders (0: 77), tokens of ViLT (0: as its weights have them)"""
     seconds: float = 1.0
     """length of sounds for small audio encoders, s"""
     steps: int = 250
@@ -43,11 +43,12 @@ class BackboneConfig:
     """number format that frozen weights are kept in; auto: bfloat16 on a GPU under bf16-mixed, else float32"""
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "heads", "features", "context"):
+        for name in ("width", "depth", "heads", "features"):
             if getattr(self, name) < 1:
                 raise UserError(f"backbone.{name}={getattr(self, name)}; expected at least 1")
-        if self.steps < 0:
-            raise UserError(f"backbone.steps={self.steps}; expected 0 (random weights) or more")
+        for name in ("steps", "context"):
+            if getattr(self, name) < 0:
+                raise UserError(f"backbone.{name}={getattr(self, name)}; expected 0 or more (--help backbone)")
         if self.width % self.heads:
             raise UserError(f"backbone.width={self.width} does not divide into backbone.heads={self.heads}")
         if self.weights is not None:

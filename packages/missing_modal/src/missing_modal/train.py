@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from polymodal.cli import command
@@ -15,6 +16,7 @@ from missing_modal.settings import MMConfig
 if TYPE_CHECKING:
     from polymodal.run import Run
 
+    from missing_modal.job import Job
     from missing_modal.report import Report
 
 __all__ = ["ALIASES", "DEFAULT_PRESETS", "main", "train"]
@@ -78,7 +80,7 @@ def train(config: MMConfig) -> None:
         sys.stdout.write(job.plan() + "\n")
         return
     facts = job.facts()
-    _refuse_other_run(config, {"missing": facts["missing"], "method": info.name, "seed": config.seed})
+    _refuse_other_run(config, job, facts)
     with Run.start(
         "missing_modal",
         config,
@@ -93,11 +95,11 @@ def train(config: MMConfig) -> None:
         _show(run, report)
 
 
-def _refuse_other_run(config: MMConfig, facts: dict[str, Any]) -> None:
+def _refuse_other_run(config: MMConfig, job: Job, facts: Mapping[str, Any]) -> None:
     """Before a run goes on: what it was trained for must be what this command asks for.
 
     Raises:
-        UserError: other missing tables, another method or seed.
+        UserError: other missing tables, another method or option, other encoders, another seed.
     """
     from polymodal.run import find_resume, read_manifest
 
@@ -107,12 +109,22 @@ def _refuse_other_run(config: MMConfig, facts: dict[str, Any]) -> None:
     manifest = read_manifest(folder)
     if manifest["task"] != "missing_modal":
         return  # Run.start says so
-    before = {**manifest["data"], "method": manifest["method"], "seed": manifest["seed"]}
-    for key, now in facts.items():
-        if before.get(key, now) != now:
+    if manifest["data"].get("fingerprint") != facts.get("fingerprint"):
+        raise UserError(f"--resume {folder}: the data changed since that run started; start a new run without --resume")
+    before = {**manifest["data"], **manifest}
+    now = {
+        "seed": config.seed,
+        "method": config.method,
+        "method_options": job.meta()["method_options"],
+        "missing": facts["missing"],
+        "tables": facts["tables"],
+        "backbone": job.backbone,
+    }
+    for key, asked in now.items():
+        if before.get(key, asked) != asked:
             raise UserError(
-                f"--resume {folder}: a run with {key} {before[key]}, not {now}; give the run's own options to continue "
-                "it, or leave out --resume to start a new run"
+                f"--resume {folder}: a run with {key} {before[key]}, not {asked}; give the run's own options to "
+                "continue it, or leave out --resume to start a new run"
             )
 
 

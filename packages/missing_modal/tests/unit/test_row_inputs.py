@@ -68,6 +68,15 @@ def test_pictures_are_normalised_as_the_tower_was_trained():
     assert row[1:].unique().tolist() == [-1.0]
 
 
+def test_arrays_of_bytes_are_pictures_and_float_arrays_are_not():
+    image = input_transforms([small_image(**SIZES)], {"image": "image"})["image"]
+    picture = np.zeros((40, 30, 3), np.uint8)
+    assert image(picture).unique().tolist() == [-1.0]
+    assert image(Image.fromarray(picture)).shape == (3, 32, 32)
+    ready = np.full((3, 32, 32), 0.25, np.float32)
+    assert torch.equal(image(ready), torch.from_numpy(ready))
+
+
 def test_transforms_travel_to_workers():
     text = small_text(ByteTokens.vocabulary, 7, **SIZES)
     text.tokenizer = ByteTokens(7)
