@@ -76,8 +76,10 @@ def prompt(
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
 
 
-def decode_seconds(model: nn.Module, inputs: dict[str, Tensor], steps: int, sync: Any, static: bool = False) -> float:
-    """Prefill, then ``steps`` greedy steps: seconds of the steps alone.
+def decode_seconds(
+    model: nn.Module, inputs: dict[str, Tensor], steps: int, sync: Any, static: bool = False
+) -> tuple[float, float]:
+    """Prefill, then ``steps`` greedy steps: seconds of the steps alone, on the wall and of this process.
 
     ``static`` uses a preallocated cache instead of DynamicCache.
     """
@@ -94,14 +96,14 @@ def decode_seconds(model: nn.Module, inputs: dict[str, Tensor], steps: int, sync
         mask = inputs["attention_mask"]
         ones = mask.new_ones(len(mask), 1)
         sync()
-        start = 0.0
+        start, cpu = 0.0, 0.0
         for step in range(steps + 4):
             if step == 4:  # warm
                 sync()
-                start = time.perf_counter()
+                start, cpu = time.perf_counter(), time.process_time()
             mask = torch.cat([mask, ones], 1)
             position = torch.full((len(mask), 1), length + step, device=mask.device)
             out = model(input_ids=token, attention_mask=mask, cache=cache, position_ids=position, use_cache=True)
             token = out.logits[:, -1:].argmax(-1)
         sync()
-        return time.perf_counter() - start
+        return time.perf_counter() - start, time.process_time() - cpu

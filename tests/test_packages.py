@@ -21,7 +21,7 @@ NAMES = {
     "packages/css": ("polymodal-css", "css"),
     "packages/missing_modal": ("polymodal-missing-modal", "missing_modal"),
 }
-HERE = {"shared", "packages/slt", "packages/css", "packages/fedcore", "packages/vlm_accel"}
+HERE = {"shared", "packages/slt", "packages/css", "packages/fedcore", "packages/vlm_accel", "packages/missing_modal"}
 
 
 @pytest.mark.parametrize("folder", NAMES)
@@ -74,6 +74,8 @@ PROMISED = {
     ("vlm_accel.ops", "rank1"): ["x", "scores", "keep"],
     ("vlm_accel.ops", "recycle"): ["x", "scores", "keep"],
     ("vlm_accel.ops", "assign"): ["x", "scores", "keep", "sizes"],
+    ("missing_modal", "CorrelatedPrompts"): ["widths", "length", "depth"],
+    ("missing_modal", "missing_table"): ["ids", "kind", "ratio", "seed", "dataset", "split"],
     ("fedcore.privacy", "epsilon"): ["sampling_rate", "noise_multiplier", "rounds", "delta", "accountant"],
 }
 
@@ -101,8 +103,13 @@ def test_ssaw_has_the_promised_submodules() -> None:
     assert module.type_embedding.shape == (2, 8)
 
 
-TRAIN = {"fedcore": "fed"}
-CONFIGS = {"slt": "slt.settings:SLTConfig", "css": "css.settings:CSSConfig", "fedcore": "fedcore.settings:FedConfig"}
+TRAIN = {"fedcore": "fed", "missing_modal": "mm"}
+CONFIGS = {
+    "slt": "slt.settings:SLTConfig",
+    "css": "css.settings:CSSConfig",
+    "fedcore": "fedcore.settings:FedConfig",
+    "missing_modal": "missing_modal.settings:MMConfig",
+}
 
 
 @pytest.mark.parametrize(("package", "preset"), [(p, name) for p in CONFIGS for name in cli.preset_names(p)])

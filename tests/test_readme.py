@@ -23,8 +23,9 @@ SLT = ("slt-train", "slt-eval", "slt-translate", "slt-data")
 CSS = ("css-train", "css-eval", "css-predict", "css-data")
 FED = ("fed-train", "fed-compare", "fed-data", "fed-landscape", "fed-privacy")
 VLM = ("vlm-bench", "vlm-generate", "vlm-show")
-PROGRAMS = (*SLT, *CSS, *FED, *VLM, "polymodal")
-SHORT = ("--fusion", "--epochs", "--model", "--rounds", "--lr", "--clients", "--alpha", "--help")
+MM = ("mm-train", "mm-eval", "mm-predict", "mm-matrix", "mm-data")
+PROGRAMS = (*SLT, *CSS, *FED, *VLM, *MM, "polymodal")
+SHORT = ("--fusion", "--epochs", "--model", "--rounds", "--lr", "--clients", "--alpha", "--backbone", "--help")
 
 
 def blocks() -> list[tuple[str, str, bool, str]]:
@@ -86,13 +87,14 @@ def test_command_snippets_run(tmp_path: Path) -> None:
         ("slt-train", "--config", "smoke"),
         ("css-train", "--config", "smoke"),
         ("fed-train", "--config", "smoke"),
+        ("mm-train", "--config", "smoke"),
     } <= set(unique)
     for words in unique:
         call(list(words), tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", ["slt-train", "css-train", "fed-train"])
+@pytest.mark.parametrize("program", ["slt-train", "css-train", "fed-train", "mm-train"])
 def test_default_run(program: str, tmp_path: Path) -> None:
     call([program], tmp_path, timeout=900)
 
@@ -105,7 +107,7 @@ def test_options_of_other_commands_exist() -> None:
             program = words[0]
             # Commands of commands: their names come before the first option.
             deep = 2 if words[1:2] in (["memory"], ["partition"]) else 1
-            group = words[1 : 1 + deep] if program in ("slt-data", "css-data", "fed-data", "polymodal") else []
+            group = words[1 : 1 + deep] if program.endswith("-data") or program == "polymodal" else []
             tail = ["--help"] if program == "polymodal" else ["--help", "all"]
             key = " ".join([program, *group])
             if key not in helps:

@@ -27,7 +27,7 @@ def training_commands() -> dict[str, str]:
 
 
 def test_there_is_a_training_command() -> None:
-    assert {"slt-train", "css-train", "fed-train"} <= set(training_commands())
+    assert {"slt-train", "css-train", "fed-train", "mm-train"} <= set(training_commands())
 
 
 @pytest.mark.parametrize("command", training_commands())
