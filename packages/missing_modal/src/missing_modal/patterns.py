@@ -40,7 +40,7 @@ def to_mask(pattern: int | str | Collection[str], modalities: Sequence[str] = IM
             raise UserError(f"pattern {pattern}: codes 0, 1, 2 stand for image and text only; name what is present")
         return _CODES[pattern]
     if pattern == "complete":
-        return 2 ** len(modalities) - 1
+        return (1 << len(modalities)) - 1
     names = pattern.split("+") if isinstance(pattern, str) else list(pattern)
     for name in names:
         if name not in modalities:
