@@ -96,7 +96,7 @@ def train(readout: str, seed: int) -> tuple[nn.Module, float]:
         loss = nn.functional.cross_entropy(model(place(pictures[rows], draw)), labels[rows])
         optimizer.zero_grad()
         loss.backward()
-        # Without it one training in three stayed far below the others (35 and 62 % instead of 83 to 87 %).
+        # Some seeds do not learn in 1,500 steps, with clipping and without; the table shows each seed's difference.
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
