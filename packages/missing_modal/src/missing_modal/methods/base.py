@@ -6,6 +6,7 @@ backbone, a trainer or a data set. Everything that depends on the pattern alone 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -42,7 +43,7 @@ class Context:
         return tuple(tower.name for tower in self.towers)
 
 
-class Method:
+class Method(ABC):
     """Base of all methods; subclasses are frozen dataclasses of options, one file each."""
 
     @property
@@ -50,9 +51,9 @@ class Method:
         """Whether copies of the towers are trained, too: fine-tuning with modality dropout."""
         return False
 
+    @abstractmethod
     def build(self, context: Context) -> Prompter:
         """The module that is trained. UserError for options that do not fit the towers."""
-        raise NotImplementedError
 
 
 class Output(nn.Module):

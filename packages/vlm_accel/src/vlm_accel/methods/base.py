@@ -11,6 +11,7 @@ same number of tokens, and all keep the same number: batched gathers, no loop ov
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -159,7 +160,7 @@ class Method:
         return None
 
 
-class TokenMethod(Method):
+class TokenMethod(Method, ABC):
     """A method that shortens tokens at steps. ``stages`` says where it can: any of ``"vision"``, ``"llm"``."""
 
     stages: ClassVar[tuple[str, ...]] = ("vision", "llm")
@@ -179,16 +180,16 @@ class TokenMethod(Method):
         """Tokens that ``reduce`` leaves of ``tokens`` at ``step``."""
         return step.count(tokens, group)
 
+    @abstractmethod
     def reduce(self, tokens: Tokens, keep: int) -> Reduced:
         """Shorten ``tokens`` to ``keep`` rows; never called with keep = N (that is the identity, no copy)."""
-        raise NotImplementedError
 
     def llm_scores(self, view: Any) -> Tensor:
         """(B, t) float32 scores from a ``vlm_accel.llm.scores.LayerView``; only with ``own_llm_scores``."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} says own_llm_scores and has to define llm_scores")
 
 
-class FeatureMethod(Method):
+class FeatureMethod(Method, ABC):
     """A method that shortens the encoder's features once. ``ratio`` or a fixed count is an option of the class."""
 
     stages: ClassVar[tuple[str, ...]] = ("features",)
@@ -202,11 +203,11 @@ class FeatureMethod(Method):
 
     def count(self, tokens: int) -> int | None:
         """Rows it leaves of ``tokens``, where that is known beforehand; None: depends on the picture."""
-        raise NotImplementedError
+        return None
 
+    @abstractmethod
     def select(self, features: Features) -> list[Reduced]:
         """One ``Reduced`` per image, each with S = 1 (counts may differ between images)."""
-        raise NotImplementedError
 
 
 @dataclass
@@ -254,7 +255,7 @@ class CacheView:
     softcap: float | None = None
 
 
-class CacheMethod(Method):
+class CacheMethod(Method, ABC):
     """A method that says which cache entries go."""
 
     stages: ClassVar[tuple[str, ...]] = ("cache",)
@@ -279,12 +280,12 @@ class CacheMethod(Method):
         """The budget that the method works with when the user gives ``budget`` (PyramidKV spreads it over layers)."""
         return budget
 
+    @abstractmethod
     def entry_scores(self, view: CacheView) -> Tensor:
         """(B, K, n) float32, higher = keep; the engine then sets invalid to -inf, protected to +inf, keeps the top.
 
         Tensors (B, K, n) that the method puts into ``view.state`` are gathered with the entries.
         """
-        raise NotImplementedError
 
     def moved(self, view: CacheView, rows: Tensor, layer: Any) -> None:
         """Entries ``rows`` of ``view`` are what ``layer`` (a TrackedLayer) now holds (StreamingLLM may turn keys)."""
