@@ -112,7 +112,9 @@ class ViltText(Tower):
         position = self._weights["position"]
         if length is not None and length != len(position):
             size = (length, position.shape[1])
-            grown = functional.interpolate(position[None, None], size=size, mode="bilinear", align_corners=True)
+            # Centres of cells stay, not corners: the released code leaves the default, unlike ViLT where it resizes
+            # the positions of images.
+            grown = functional.interpolate(position[None, None], size=size, mode="bilinear", align_corners=False)
             self._weights["position"] = grown[0, 0]
 
     @property
