@@ -253,8 +253,9 @@ def find_problems(
     import os
     from concurrent.futures import ThreadPoolExecutor
 
+    from polymodal.progress import counted
+
     from css.data.files import check_sizes, mask_ids
-    from css.progress import counted
 
     def look(item: Item) -> tuple[str, tuple[int, ...]]:
         try:

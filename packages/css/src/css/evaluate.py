@@ -125,9 +125,9 @@ def count_confusion(loaded: Loaded, data: CSSDataModule, split: str, device: str
     """
     import numpy as np
     import torch
+    from polymodal.progress import counted
 
     from css.metrics import confusion_matrix
-    from css.progress import counted
 
     net, channels = loaded.net.to(device), loaded.net.num_channels
     total, images = np.zeros((channels, channels), np.int64), 0

@@ -366,8 +366,7 @@ def predict_records(
         Sample id -> record of ``MMModule.evaluate``.
     """
     import torch
-
-    from missing_modal.progress import counted
+    from polymodal.progress import counted
 
     kinds = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
     device = torch.device(device)

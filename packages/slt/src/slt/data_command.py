@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 from polymodal.cli import command, subcommands
 from polymodal.errors import UserError
+from polymodal.progress import progress_line
 
 from slt.data import READERS
 from slt.data.base import SPLITS, SLTData
 from slt.data.leak import THRESHOLD
 from slt.data.synthetic import Synthetic
-from slt.progress import progress_line
 
 __all__ = ["main"]
 
