@@ -9,6 +9,7 @@ import torch
 from missing_modal.classifier import Classifier
 from missing_modal.methods import create
 from missing_modal.patterns import to_mask
+from torch.nn import functional as F
 
 
 def _load(path):
@@ -91,9 +92,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_logits(case):
-    name, options = CASES[case]
+def case_of(name, options):
+    """A model off its initial values, a batch, and the batch's inputs."""
     model = Classifier(toy.two_towers(BLOCKS), create(name, **options), 3).double()
     rng = np.random.default_rng(1)
     with torch.no_grad():
@@ -102,7 +102,40 @@ def test_logits(case):
     inputs = toy.draw_inputs(len(CODES), seed=2)
     batch = toy.make_batch([to_mask(code) for code in CODES], inputs=inputs)
     model.prepare([batch])
+    return model, batch, inputs
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits(case):
+    name, options = CASES[case]
+    model, batch, inputs = case_of(name, options)
     np.testing.assert_allclose(model(batch).detach(), slow_logits(model, name, options, inputs), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("case", ["deep_prompts", "coop", "mmp_input_stacked", "mmp_attention", "maple", "msp"])
+def test_gradients_by_central_differences(case):
+    """Along a random direction of each trained tensor; MSP's penalty is part of its loss."""
+    name, options = CASES[case]
+    model, batch, inputs = case_of(name, options)
+    logits, tables = model.with_tables(batch)
+    (F.cross_entropy(logits, batch.labels) + sum(model.prompter.penalty(tables).values())).backward()
+
+    def loss():
+        penalty = rivals.msp_penalty([v.detach().numpy() for v in model.prompter.prompts]) if name == "msp" else 0.0
+        return ref.cross_entropy(slow_logits(model, name, options, inputs), batch.labels.tolist()) + penalty
+
+    rng = np.random.default_rng(3)
+    for key, value in model.named_parameters():
+        if not value.requires_grad:
+            continue
+        way = torch.from_numpy(rng.normal(size=tuple(value.shape)))
+        ends = []
+        for step in (1e-5, -2e-5, 1e-5):
+            with torch.no_grad():
+                value.add_(way, alpha=step)
+            ends.append(loss())
+        slope = (ends[0] - ends[1]) / 2e-5
+        assert float((value.grad * way).sum()) == pytest.approx(slope, rel=1e-6, abs=1e-8), key
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.25])
