@@ -195,6 +195,16 @@ def test_help_is_short_and_complete(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(text.splitlines()) < 60
 
 
+def test_lists_may_be_written_in_three_ways() -> None:
+    want = ["--seeds=[0, 1, 2]", "--name", "x"]
+    for words in (["--seeds", "0", "1", "2"], ["--seeds", "0,1,2"], ["--seeds=0,1,2"], ["--seeds=[0, 1, 2]"]):
+        assert cli.join_lists([*words, "--name", "x"], ("seeds",)) == want
+    assert cli.join_lists(["--seeds", "[3,", "4]"], ("seeds",)) == ["--seeds=[3, 4]"]
+    assert cli.join_lists(["--train-kinds", "a:b", "any"], ("train_kinds",)) == ['--train-kinds=["a:b", "any"]']
+    assert cli.join_lists(["--ratios", "0.5,", "1"], ("ratios",)) == ["--ratios=[0.5, 1]"]
+    assert cli.join_lists(["--seeds", "--name", "x"], ("seeds", "x")) == ["--seeds", "--name", "x"]
+
+
 def test_list_methods(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(lambda c: None, "--list-methods", list_methods=lambda: "ssaw") == 0
     assert capsys.readouterr().out == "ssaw\n"

@@ -13,7 +13,7 @@ import textwrap
 import traceback
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import yaml
 
 from polymodal.errors import UserError, did_you_mean
 
-__all__ = ["Interrupted", "command", "parse_config", "preset_names", "run_guarded", "subcommands"]
+__all__ = ["Interrupted", "command", "join_lists", "parse_config", "preset_names", "run_guarded", "subcommands"]
 
 PACKAGES = ("polymodal", "fedcore", "vlm_accel", "slt", "css", "missing_modal")
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -42,6 +42,7 @@ def command(
     default_presets: Mapping[str, str] | None = None,
     aliases: Mapping[str, str] | None = None,
     list_methods: Callable[[], str] | None = None,
+    lists: Collection[str] = (),
     argv: Sequence[str] | None = None,
 ) -> int:
     """Run one command: parse ``argv`` into ``config_class``, call ``main(config)``, return the exit code.
@@ -57,12 +58,13 @@ def command(
         default_presets: preset used without ``--config``, by the name given to ``--data`` (``""``: without one).
         aliases: short option -> dotted option, e.g. ``{"fusion": "model.fusion"}``.
         list_methods: makes the text of ``--list-methods``.
+        lists: options that take several words, see ``join_lists``.
         argv: arguments without the program's name; ``sys.argv[1:]`` by default.
 
     Returns:
         0 done, 1 failed, 2 usage (bad input), 130 interrupted.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = join_lists(sys.argv[1:] if argv is None else argv, lists)
     debug = "--debug" in arguments
     arguments = [_spell(a, aliases or {}) for a in arguments if a != "--debug"]
 
@@ -83,6 +85,44 @@ def command(
         main(config)
 
     return run_guarded(run, prog=prog, debug=debug)
+
+
+def join_lists(argv: Sequence[str], lists: Collection[str]) -> list[str]:
+    """``--seeds 0 1 2``, ``--seeds 0,1,2`` and ``--seeds=[0, 1, 2]`` are the same.
+
+    Args:
+        argv: arguments of a command.
+        lists: names of the options with several values, with underscores.
+
+    Returns:
+        The arguments, each such option and its values in one word.
+    """
+    joined: list[str] = []
+    waiting = list(argv)
+    while waiting:
+        word = waiting.pop(0)
+        option, eq, value = word.partition("=")
+        if not option.startswith("--") or option[2:].replace("-", "_") not in lists:
+            joined.append(word)
+            continue
+        words = [value] if eq else []
+        while not eq and waiting and not waiting[0].startswith("--"):
+            words.append(waiting.pop(0))
+        if not words or words[0].startswith("["):
+            joined.append(f"{option}={' '.join(words)}" if words else option)
+        else:
+            values = [part.strip() for word in words for part in word.split(",") if part.strip()]
+            joined.append(f"{option}={json.dumps([_number(part) for part in values])}")
+    return joined
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def subcommands(

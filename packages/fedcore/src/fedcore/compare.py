@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import os
-import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from polymodal.cli import command
+from polymodal.pool import in_processes
 
 from fedcore.compare_cell import CellRunner
 from fedcore.compare_grid import Cell, CellKey
@@ -30,43 +26,23 @@ fed-compare                                                  # three methods on 
 fed-compare --algorithms fedavg fedswa --rates 0.1 0.2 --seeds 0 1 2 --jobs 2
 fed-compare --config packages/fedcore/experiments/fedswa_e10.yaml
 """
-log = logging.getLogger(__name__)
-
-
-LISTS = ("--algorithms", "--rates", "--seeds")
+LISTS = ("algorithms", "rates", "seeds")
 ALIASES = {"model": "model.name", "clients": "partition.clients", "alpha": "partition.alpha"}
+log = logging.getLogger(__name__)
 
 
 def main() -> int:
     """Entry point; returns the exit code."""
-    argv = _join_lists(sys.argv[1:])
     return command(
-        partial(compare, beside=_config_folder(argv)),
+        partial(compare, beside=_config_folder(sys.argv[1:])),
         CompareConfig,
         prog=PROG,
         example=EXAMPLE,
         choices={"data": READERS},
         aliases=ALIASES,
         list_methods=_list_methods,
-        argv=argv,
+        lists=LISTS,
     )
-
-
-def _join_lists(argv: Sequence[str]) -> list[str]:
-    """``--seeds 0 1 2``, ``--seeds 0,1,2`` and ``--seeds=[0, 1, 2]`` are the same."""
-    joined: list[str] = []
-    waiting = list(argv)
-    while waiting:
-        name, eq, value = waiting.pop(0).partition("=")
-        if name not in LISTS:
-            joined.append(name + eq + value)
-            continue
-        words = [value] if eq else []
-        while not eq and waiting and not waiting[0].startswith("--"):
-            words.append(waiting.pop(0))
-        whole = not words or words[0].startswith("[")
-        joined.append(f"{name}={' '.join(words)}" if whole else f"{name}=[{', '.join(words)}]")
-    return joined
 
 
 def _config_folder(argv: Sequence[str]) -> Path | None:
@@ -139,7 +115,9 @@ def compare(config: CompareConfig, beside: Path | None = None) -> str:
 def _run(config: CompareConfig, runner: CellRunner, todo: Sequence[Cell]) -> Iterator[tuple[Cell, dict[str, Any]]]:
     """Run cells here or in worker processes, as they finish."""
     began = time.monotonic()
-    results = _in_processes(config, todo) if config.jobs > 1 and len(todo) > 1 else ((c, runner.run(c)) for c in todo)
+    results: Iterable[tuple[Cell, dict[str, Any]]] = ((cell, runner.run(cell)) for cell in todo)
+    if config.jobs > 1 and len(todo) > 1:
+        results = in_processes(todo, partial(_runner, config), config.jobs, "cells")
     for done, (cell, record) in enumerate(results, start=1):
         left = (time.monotonic() - began) / done * (len(todo) - done)
         last = record["metrics"].get("test/accuracy")
@@ -149,42 +127,9 @@ def _run(config: CompareConfig, runner: CellRunner, todo: Sequence[Cell]) -> Ite
         yield cell, record
 
 
-def _in_processes(config: CompareConfig, todo: Sequence[Cell]) -> Iterator[tuple[Cell, dict[str, Any]]]:
-    # Fresh processes: a fork of one that has used torch may wait for threads that are not there.
-    context = multiprocessing.get_context("spawn")
-    workers = min(config.jobs, len(todo))
-    before = set(multiprocessing.active_children())
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(config,)) as pool:
-        waiting = {pool.submit(_work, cell): cell for cell in todo}
-        try:
-            for future in as_completed(waiting):
-                yield waiting[future], future.result()
-        except BrokenProcessPool as error:
-            raise RuntimeError(
-                "a worker process died (out of memory?); finished cells are kept: run again, with fewer --jobs"
-            ) from error
-        except BaseException:
-            for child in set(multiprocessing.active_children()) - before:
-                child.terminate()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-_worker: list[CellRunner] = []
-"""The runner of a worker process."""
-
-
-def _start_worker(config: CompareConfig) -> None:
-    from polymodal.seeding import set_threads
-
-    os.environ["OMP_NUM_THREADS"] = "1"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends its workers
-    set_threads(1)
-    _worker[:] = [CellRunner(config)]
-
-
-def _work(cell: Cell) -> dict[str, Any]:
-    return _worker[0].run(cell)
+def _runner(config: CompareConfig) -> Callable[[Cell], dict[str, Any]]:
+    """What a worker process does with a cell."""
+    return CellRunner(config).run
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:

@@ -10,22 +10,19 @@ import dataclasses
 import hashlib
 import json
 import logging
-import multiprocessing
-import os
-import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polymodal.cli import Interrupted, command
 from polymodal.errors import UserError
+from polymodal.pool import in_processes
 
 from missing_modal.data import READERS, spell_manifest
-from missing_modal.matrix_settings import SCHEMA_VERSION, MatrixConfig, Trial, digest_of, join_lists
+from missing_modal.matrix_settings import LISTS, SCHEMA_VERSION, MatrixConfig, Trial, digest_of
 from missing_modal.methods import METHODS
 from missing_modal.train import ALIASES, DEFAULT_PRESETS, list_methods
 
@@ -60,7 +57,8 @@ def main() -> int:
         default_presets=DEFAULT_PRESETS,
         aliases=ALIASES,
         list_methods=list_methods,
-        argv=join_lists(spell_manifest(sys.argv[1:])),
+        lists=LISTS,
+        argv=spell_manifest(sys.argv[1:]),
     )
 
 
@@ -344,48 +342,15 @@ def _write(path: Path, record: dict[str, Any]) -> None:
 def _run(config: MatrixConfig, runner: Runner, todo: Sequence[Trial | Path]) -> Iterator[tuple[Trial | Path, float]]:
     """Models here or in worker processes, as they finish."""
     began = time.monotonic()
-    here = ((item, runner.work(item)) for item in todo)
-    for done, (item, seconds) in enumerate(
-        _in_processes(config, todo) if config.jobs > 1 and len(todo) > 1 else here, start=1
-    ):
+    results: Iterable[tuple[Trial | Path, float]] = ((item, runner.work(item)) for item in todo)
+    if config.jobs > 1 and len(todo) > 1:
+        results = in_processes(todo, partial(_worker, config), config.jobs, "models")
+    for done, (item, seconds) in enumerate(results, start=1):
         left = (time.monotonic() - began) / done * (len(todo) - done)
         log.info("%d/%d %s (%.1f s; %.0f s left)", done, len(todo), runner.trial(item).name, seconds, left)
         yield item, seconds
 
 
-def _in_processes(config: MatrixConfig, todo: Sequence[Trial | Path]) -> Iterator[tuple[Trial | Path, float]]:
-    # Fresh processes: a fork of one that has used torch may wait for threads that are not there.
-    context = multiprocessing.get_context("spawn")
-    workers = min(config.jobs, len(todo))
-    before = set(multiprocessing.active_children())
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(config,)) as pool:
-        waiting = {pool.submit(_work, item): item for item in todo}
-        try:
-            for future in as_completed(waiting):
-                yield waiting[future], future.result()
-        except BrokenProcessPool as error:
-            raise RuntimeError(
-                "a worker process died (out of memory?); finished models are kept: run again, with fewer --jobs"
-            ) from error
-        except BaseException:
-            for child in set(multiprocessing.active_children()) - before:
-                child.terminate()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-_worker: list[Runner] = []
-"""The runner of a worker process."""
-
-
-def _start_worker(config: MatrixConfig) -> None:
-    from polymodal.seeding import set_threads
-
-    os.environ["OMP_NUM_THREADS"] = "1"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends its workers
-    set_threads(1)
-    _worker[:] = [Runner(config)]
-
-
-def _work(item: Trial | Path) -> float:
-    return _worker[0].work(item)
+def _worker(config: MatrixConfig) -> Callable[[Trial | Path], float]:
+    """What a worker process does with a model."""
+    return Runner(config).work

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +17,7 @@ from missing_modal.methods import METHODS
 from missing_modal.settings import MMConfig
 from missing_modal.tables import canonical_kind
 
-__all__ = ["LISTS", "SCHEMA_VERSION", "MatrixConfig", "Trial", "digest_of", "join_lists"]
+__all__ = ["LISTS", "SCHEMA_VERSION", "MatrixConfig", "Trial", "digest_of"]
 
 SCHEMA_VERSION = 1
 LISTS = ("methods", "train_kinds", "train_ratios", "test_kinds", "test_ratios", "seeds", "test_seeds", "runs")
@@ -209,33 +208,3 @@ def digest_of(config: MMConfig, described: dict[str, Any]) -> str:
     options.pop("root", None)
     plain["data"] = [config.data.name, described.get("fingerprint"), options]
     return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def join_lists(argv: Sequence[str]) -> list[str]:
-    """``--seeds 0 1 2``, ``--seeds 0,1,2`` and ``--seeds=[0, 1, 2]`` are the same."""
-    joined: list[str] = []
-    waiting = list(argv)
-    while waiting:
-        word = waiting.pop(0)
-        option, eq, value = word.partition("=")
-        if not option.startswith("--") or option[2:].replace("-", "_") not in LISTS:
-            joined.append(word)
-            continue
-        words = [value] if eq else []
-        while not eq and waiting and not waiting[0].startswith("--"):
-            words.append(waiting.pop(0))
-        if not words or words[0].startswith("["):
-            joined.append(f"{option}={' '.join(words)}" if words else option)
-        else:
-            values = [part for word in words for part in word.split(",") if part]
-            joined.append(f"{option}={json.dumps([_number(part) for part in values])}")
-    return joined
-
-
-def _number(text: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text

@@ -6,7 +6,7 @@ import pytest
 from missing_modal.calibration import Temperatures
 from missing_modal.figures import heat_map, rate_curves, reliability
 from missing_modal.matrix_report import draw, label_of, scores, to_tables
-from missing_modal.matrix_settings import MatrixConfig, Trial, digest_of, join_lists
+from missing_modal.matrix_settings import MatrixConfig, Trial, digest_of
 from missing_modal.records import Packed
 from missing_modal.settings import MMConfig
 from missing_modal.world import World
@@ -212,12 +212,3 @@ def test_unknown_names_are_told_with_the_known_ones():
         config(methods=["dcp", "msp"], against="vpt").rows()
     with pytest.raises(UserError, match="none of them twice"):
         config(train_kinds=["image", "only:image"]).trials()
-
-
-def test_lists_may_be_written_in_three_ways():
-    want = ["--seeds=[0, 1, 2]", "--name", "x"]
-    assert join_lists(["--seeds", "0", "1", "2", "--name", "x"]) == want
-    assert join_lists(["--seeds", "0,1,2", "--name", "x"]) == want
-    assert join_lists(["--seeds=[0, 1, 2]", "--name", "x"]) == want
-    assert join_lists(["--train-kinds", "only:image", "any"]) == ['--train-kinds=["only:image", "any"]']
-    assert join_lists(["--test_ratios", "0.5", "1"]) == ["--test_ratios=[0.5, 1]"]

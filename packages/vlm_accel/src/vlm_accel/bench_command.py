@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from vlm_accel.bench.subjects import Subject
 
-__all__ = ["bench", "join_lists", "main"]
+__all__ = ["bench", "main"]
 
 PROG = "vlm-bench"
 EXAMPLE = """
@@ -27,14 +27,13 @@ vlm-bench --model DIR --data DATA/chartqa/test.jsonl --methods lightvlm drop --s
 vlm-bench --resume auto                                         # go on with rows that are missing
 """
 DEFAULT_PRESETS = {"": "built_in"}
-_LISTS = ("--methods", "--ratios", "--tasks")
+LISTS = ("methods", "ratios", "tasks")
 _log = logging.getLogger(__name__)
 
 
 def main() -> int:
     """Entry point of ``vlm-bench``; returns the exit code."""
-    argv = join_lists(sys.argv[1:])
-    own = any(word.partition("=")[0] in ("--model", "--data") for word in argv)
+    own = any(word.partition("=")[0] in ("--model", "--data") for word in sys.argv[1:])
     return command(
         bench,
         BenchConfig,
@@ -43,7 +42,7 @@ def main() -> int:
         presets="vlm_accel",
         default_presets={} if own else DEFAULT_PRESETS,
         list_methods=list_methods,
-        argv=argv,
+        lists=LISTS,
     )
 
 
@@ -54,23 +53,6 @@ def list_methods() -> str:
     return "\n".join(
         f"{info.name:14} {'/'.join(info.tags):28} {info.fidelity:15} {info.summary} ({info.paper})" for info in METHODS
     )
-
-
-def join_lists(argv: Sequence[str]) -> list[str]:
-    """``--ratios 0.5 0.25``, ``--ratios 0.5,0.25`` and ``--ratios=[0.5, 0.25]`` are the same."""
-    joined: list[str] = []
-    waiting = list(argv)
-    while waiting:
-        name, eq, value = waiting.pop(0).partition("=")
-        if name not in _LISTS:
-            joined.append(name + eq + value)
-            continue
-        words = [value] if eq else []
-        while not eq and waiting and not waiting[0].startswith("--"):
-            words.append(waiting.pop(0))
-        whole = not words or words[0].startswith("[")
-        joined.append(f"{name}={' '.join(words)}" if whole else f"{name}=[{', '.join(words)}]")
-    return joined
 
 
 def bench(config: BenchConfig) -> None:

@@ -21,7 +21,6 @@ from vlm_accel.bench.module import CanvasData, DigitReader
 from vlm_accel.bench.pareto import front
 from vlm_accel.bench.settings import BenchConfig, BuiltInConfig
 from vlm_accel.bench.subjects import collate
-from vlm_accel.bench_command import join_lists
 from vlm_accel.data.jsonl import read_jsonl, read_tasks
 from vlm_accel.methods import METHODS
 from vlm_accel.schedule import Step, Taper, pyramid
@@ -223,11 +222,6 @@ def test_schedules_as_text() -> None:
 def test_bad_rows_are_refused(more: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
         all_cases(config(**more))
-
-
-def test_lists_on_the_command_line() -> None:
-    assert join_lists(["--ratios", "0.5", "0.25", "--seed", "1"]) == ["--ratios=[0.5, 0.25]", "--seed", "1"]
-    assert join_lists(["--methods=drop,random"]) == ["--methods=[drop,random]"]
 
 
 @pytest.mark.parametrize("preset", preset_names("vlm_accel"))
