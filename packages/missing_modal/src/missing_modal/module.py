@@ -97,6 +97,11 @@ class MMModule(TaskModule):
         """Names in the order of the bits of a pattern."""
         return self.model.context.modalities
 
+    @property
+    def num_prefix_tokens(self) -> dict[str, int]:
+        """Prompt rows in front of each encoder's own tokens (CLS is the row after them)."""
+        return self.model.num_prefix_tokens
+
     # ------------------------------------------------------------------ what the shared layer asks for
 
     def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:

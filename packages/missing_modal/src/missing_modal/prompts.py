@@ -247,6 +247,11 @@ class CorrelatedPrompts(_Rows):
         if self.has_dynamic:
             self._build_dynamic(draw, pattern_params, dynamic_queries == "param")
 
+    @property
+    def num_prefix_tokens(self) -> dict[str, int]:
+        """Prompt rows in front of each tower's own tokens (CLS is the row after them)."""
+        return dict(zip(self.modalities, self.counts, strict=True))
+
     def _build_correlated(self, draw: Draws, reduction: int, init: str) -> None:
         total = sum(self.widths)
         hidden = max(total // reduction, 1)

@@ -47,6 +47,11 @@ def batch_of(masks=(3, 1, 2, 3), labels=(0, 1, 1, 0), seed=0):
     )
 
 
+def test_prompt_rows_are_named():
+    assert module_of(length=9).num_prefix_tokens == {"image": 9, "text": 9}
+    assert module_of("head_only").num_prefix_tokens == {"image": 0, "text": 0}
+
+
 def step_of(module, batch=None):
     return module.loss(batch or batch_of(), torch.Generator().manual_seed(0))
 

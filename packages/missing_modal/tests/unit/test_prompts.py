@@ -66,6 +66,12 @@ def test_without_prompts_it_is_the_plain_towers(options):
     assert (gap.abs().amax(1) > 1e-3).all()
 
 
+def test_the_learner_names_its_rows_in_front():
+    assert CorrelatedPrompts([8, 6], 12, 2).num_prefix_tokens == {"image": 12, "text": 12}
+    learner = CorrelatedPrompts({"text": 8, "audio": 6, "tabular": 4}, 6, 2, blocks=[3, 1, 0], dynamic=False)
+    assert learner.num_prefix_tokens == {"text": 4, "audio": 4, "tabular": 0}
+
+
 def test_depth_one_uses_the_first_generators_only():
     model = model_of(depth=1)
     prompts = model.prompter.prompts
