@@ -7,6 +7,9 @@ import torch
 from missing_modal.backbones.base import state_hash
 from missing_modal.backbones.load import load_towers
 from missing_modal.backbones.open_clip import read_open_clip
+from missing_modal.batch import Batch
+from missing_modal.classifier import Classifier
+from missing_modal.methods import create
 from polymodal.errors import UserError
 from torch import nn
 
@@ -67,6 +70,33 @@ def test_open_clip_without_prompts_is_open_clip(quick):
     assert text.placeholder(1).tolist() == [[58, 59] + [0] * 10]
 
 
+def _through_the_classifier(towers, images, options=None):
+    """(b, 2e): the features that the head gets, of complete samples."""
+    model = Classifier(towers, create("dcp", **(options or {"length": 0, "depth": 2})), 3).eval()
+    at = torch.arange(len(IDS))
+    batch = Batch(["a", "b"], [3, 3], {"image": images, "text": IDS}, {"image": at, "text": at})
+    return model.features(batch)[0]
+
+
+@pytest.mark.parametrize("quick", [True, False])
+@torch.no_grad()
+def test_classifier_without_prompts_gives_both_encoders_of_either_library(tmp_path, quick):
+    """The loop that prompts go through, with none: encode_image and encode_text (DCP 3.8, 8)."""
+    images = torch.randn(2, 3, 32, 32)
+    model = _model(quick_gelu=quick)
+    want = torch.cat([model.encode_image(images), model.encode_text(IDS)], dim=1)
+    found = _through_the_classifier(read_open_clip(model, "open_clip:tiny"), images)
+    torch.testing.assert_close(found, want, atol=1e-6, rtol=1e-6)
+    none = {"length": 6, "depth": 2, "correlated": False, "common": False, "dynamic": False}
+    assert torch.equal(_through_the_classifier(read_open_clip(model, "x"), images, none), found)
+    if quick:
+        other = _hugging_face(model, tmp_path)
+        want = [other.get_image_features(images), other.get_text_features(IDS)]
+        want = torch.cat([getattr(value, "pooler_output", value) for value in want], dim=1)
+        found = _through_the_classifier(load_towers(f"hf_clip:{tmp_path}"), images)
+        torch.testing.assert_close(found, want, atol=1e-6, rtol=1e-5)
+
+
 @torch.no_grad()
 def test_both_layouts_give_the_same_tower():
     model = _model()
@@ -76,8 +106,11 @@ def test_both_layouts_give_the_same_tower():
     for block in [*turned.transformer.resblocks, *turned.visual.transformer.resblocks]:
         block.attn.batch_first = False
     torch.testing.assert_close(turned.encode_text(IDS), model.encode_text(IDS), atol=1e-6, rtol=1e-6)
-    _, text = read_open_clip(turned, "open_clip:tiny")
-    torch.testing.assert_close(_features(text, IDS), turned.encode_text(IDS), atol=1e-6, rtol=1e-6)
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(turned.encode_image(images), model.encode_image(images), atol=1e-6, rtol=1e-6)
+    towers = read_open_clip(turned, "open_clip:tiny")
+    torch.testing.assert_close(_features(towers[0], images), turned.encode_image(images), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(_features(towers[1], IDS), turned.encode_text(IDS), atol=1e-6, rtol=1e-6)
 
 
 @torch.no_grad()
