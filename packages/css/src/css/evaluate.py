@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from css.data.datamodule import CSSDataModule
     from css.report import StepReport
 
-__all__ = ["count_confusion", "evaluate", "existing", "main", "pick_device", "signature"]
+__all__ = ["count_confusion", "evaluate", "existing", "main", "signature"]
 
 EXAMPLE = """
 css-eval runs/css/RUN                                   # the last finished step, test pictures
@@ -58,6 +58,8 @@ def evaluate(config: EvalConfig) -> None:
 
     path = existing(config.checkpoint, "css-eval CHECKPOINT")
     set_threads(config.threads)
+    from polymodal.devices import pick_device
+
     from css.checkpoint import load_network
     from css.data.datamodule import CSSDataModule
     from css.methods import METHODS
@@ -99,22 +101,6 @@ def signature(eval_size: str, crop: int, unseen_as: str) -> str:
     """How an mIoU was measured, in one line: pictures, and what counts."""
     pictures = f"centre crop {crop}" if eval_size == "crop" else "whole pictures"
     return f"one confusion matrix, {pictures}, unseen classes: {unseen_as}, absent classes: 0"
-
-
-def pick_device(name: str) -> str:
-    """The device to compute on; ``auto`` is a GPU where there is one.
-
-    Raises:
-        UserError: torch does not find that device.
-    """
-    import torch
-
-    found = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        return next(device for device in ("cuda", "mps", "cpu") if found[device])
-    if not found.get(name, False):
-        raise UserError(f"--device {name}: torch finds none here; use auto or cpu")
-    return name
 
 
 def count_confusion(loaded: Loaded, data: CSSDataModule, split: str, device: str) -> tuple[np.ndarray, int]:

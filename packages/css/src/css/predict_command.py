@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polymodal.cli import command
+from polymodal.devices import pick_device
 from polymodal.errors import UserError
 
 from css.eval_settings import PredictConfig, gather
-from css.evaluate import existing, pick_device
+from css.evaluate import existing
 
 if TYPE_CHECKING:
     import numpy as np

@@ -1,68 +1,15 @@
-"""Weight files: what is read, and the one line about what is not."""
+"""Weights are put into a module whole, or the one line says what does not fit."""
 
 import pytest
 import torch
-from css.models.weights import fill, load_tensors
+from css.models.weights import fill
 from polymodal.errors import UserError
-from safetensors.torch import save_file
 from torch import nn
 
 
 def net():
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Linear(4, 2))
-
-
-@pytest.mark.parametrize("wrap", [dict, lambda s: {"model": s}, lambda s: {"state_dict": s, "epoch": 1}])
-def test_reads_levels_around_the_tensors(tmp_path, wrap):
-    state = net().state_dict()
-    torch.save(wrap(state), tmp_path / "w.pth")
-    assert load_tensors(tmp_path / "w.pth").keys() == state.keys()
-
-
-def test_reads_safetensors_and_names_of_data_parallel(tmp_path):
-    state = net().state_dict()
-    save_file({f"module.{name}": value for name, value in state.items()}, tmp_path / "w.safetensors")
-    loaded = load_tensors(tmp_path / "w.safetensors")
-    assert all(torch.equal(loaded[name], value) for name, value in state.items())
-
-
-class Surprise:
-    def __reduce__(self):
-        return (exec, ("raise SystemExit",))
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "cannot read weights"),
-        (b"not a file of weights", "cannot read weights"),
-        (Surprise(), "holds Python objects beside tensors"),
-        ({"epoch": 1}, "does not hold a plain dictionary"),
-        ({}, "does not hold a plain dictionary"),
-        ([torch.zeros(2)], "does not hold a plain dictionary"),
-    ],
-)
-def test_refuses_in_one_line_that_names_the_file(tmp_path, content, message):
-    path = tmp_path / "w.pth"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
-        torch.save(content, path)
-    with pytest.raises(UserError, match=message) as caught:
-        load_tensors(path)
-    assert "\n" not in str(caught.value)
-    assert str(path) in str(caught.value)
-
-
-def test_refuses_a_truncated_file_and_a_missing_one(tmp_path):
-    path = tmp_path / "w.safetensors"
-    save_file(net().state_dict(), path)
-    path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(UserError, match="cannot read weights"):
-        load_tensors(path)
-    with pytest.raises(UserError, match="does not exist"):
-        load_tensors(tmp_path / "other.pth")
 
 
 def test_fill_leaves_out_the_classifier_and_old_counters():

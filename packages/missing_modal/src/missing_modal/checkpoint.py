@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from missing_modal.backbones.base import Tower
     from missing_modal.eval_settings import BackboneChoice
 
-__all__ = ["Trained", "find_towers", "load_trained", "pick_device", "weights_file"]
+__all__ = ["Trained", "find_towers", "load_trained", "weights_file"]
 
 
 @dataclass
@@ -195,17 +195,3 @@ def _give_tokenizer(tower: Tower, kind: str) -> None:
     if bare and len(tower.state()["token.weight"]) == ByteTokens.vocabulary:
         assert isinstance(tower, TextTower)  # as said by ``bare``
         tower.tokenizer = ByteTokens(tower.context)
-
-
-def pick_device(name: str) -> str:
-    """The device to compute on; ``auto`` is a GPU where there is one.
-
-    Raises:
-        UserError: torch does not find that device.
-    """
-    found = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        return next(device for device in ("cuda", "mps", "cpu") if found[device])
-    if not found.get(name, False):
-        raise UserError(f"--device {name}: torch finds none here; use auto or cpu")
-    return name

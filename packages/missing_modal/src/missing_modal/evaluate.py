@@ -75,7 +75,9 @@ def evaluate(config: EvalConfig) -> None:
     path = existing(config.checkpoint, "mm-eval CHECKPOINT")
     set_threads(config.threads)
     run_config = run_config_of(path)
-    from missing_modal.checkpoint import load_trained, pick_device
+    from polymodal.devices import pick_device
+
+    from missing_modal.checkpoint import load_trained
     from missing_modal.data.base import MissingConfig
     from missing_modal.methods import METHODS
 

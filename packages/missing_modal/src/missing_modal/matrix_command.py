@@ -238,7 +238,9 @@ class Runner:
         job.__dict__["towers"] = self._towers[key]
 
     def _pass(self, item: Trial | Path, folder: Path, trained_in: float) -> None:
-        from missing_modal.checkpoint import load_trained, pick_device
+        from polymodal.devices import pick_device
+
+        from missing_modal.checkpoint import load_trained
         from missing_modal.passes import run_passes
 
         config = self.training(item)

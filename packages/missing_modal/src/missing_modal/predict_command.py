@@ -67,7 +67,9 @@ def predict(config: PredictConfig) -> list[str]:
     path = existing(config.checkpoint, 'mm-predict CHECKPOINT --image FILE --text "..."')
     _check(config)
     set_threads(config.threads)
-    from missing_modal.checkpoint import load_trained, pick_device
+    from polymodal.devices import pick_device
+
+    from missing_modal.checkpoint import load_trained
 
     device = pick_device(config.device)
     trained = load_trained(path, config.backbone)

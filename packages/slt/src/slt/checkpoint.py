@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from polymodal.devices import pick_device
 from polymodal.errors import UserError
 
 from slt.data import READERS
@@ -18,7 +19,7 @@ from slt.settings import SLTConfig
 if TYPE_CHECKING:
     from slt.module import SLTModule
 
-__all__ = ["Trained", "load_trained", "locate", "pick_device", "read_run_config"]
+__all__ = ["Trained", "load_trained", "locate", "read_run_config"]
 
 TASK = "slt"
 _log = logging.getLogger(__name__)
@@ -152,22 +153,6 @@ def load_trained(path: Path, data: SLTData | None = None, device: str = "auto") 
         raise UserError(f"{file} does not fit {folder / 'config.yaml'}: {reason[:200]}; mixed run folders?") from error
     module.eval().to(target)
     return Trained(folder, file, config, manifest, module)
-
-
-def pick_device(name: str) -> str:
-    """The device to compute on; ``auto`` is a GPU where there is one.
-
-    Raises:
-        UserError: torch does not find that device.
-    """
-    import torch
-
-    found = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        return next(device for device in ("cuda", "mps", "cpu") if found[device])
-    if not found.get(name, False):
-        raise UserError(f"--device {name}: torch finds none here; use auto or cpu")
-    return name
 
 
 def _check_modality(config: SLTConfig, data: SLTData, folder: Path) -> None:

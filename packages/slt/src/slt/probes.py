@@ -6,11 +6,11 @@ import dataclasses
 import logging
 from typing import TYPE_CHECKING, Any, Protocol
 
+from polymodal.devices import pick_device
 from polymodal.files import write_json, write_text
 from polymodal.seeding import numpy_rng
 
 from slt.audit import AuditReport, audit_report
-from slt.checkpoint import pick_device
 from slt.methods import FUSIONS
 from slt.predictions import write_predictions
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from polymodal.devices import pick_device
 from polymodal.errors import UserError
 
 from vlm_accel.families import FAMILIES
@@ -17,8 +18,10 @@ if TYPE_CHECKING:
 
     from vlm_accel.media import Video
 
-__all__ = ["VisionLanguageModel", "load_model", "pick_device"]
+__all__ = ["VisionLanguageModel", "load_model"]
 
+AUTO = ("cuda", "cpu")
+"""devices that ``--device auto`` takes, the first that is there"""
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -124,7 +127,7 @@ def load_model(
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise UserError(f"--model {folder}: cannot be loaded: {str(error).splitlines()[0]}") from error
-    return VisionLanguageModel(model.eval().to(pick_device(device)), processor, folder)
+    return VisionLanguageModel(model.eval().to(pick_device(device, auto=AUTO)), processor, folder)
 
 
 def _check_family(folder: Path) -> None:
@@ -135,15 +138,3 @@ def _check_family(folder: Path) -> None:
     known = [name for family in FAMILIES if family.decoder and family.encoder for name in family.model_types]
     if kind not in known:
         raise UserError(f"--model {folder}: models of type {kind!r} are not supported; known: {', '.join(known)}")
-
-
-def pick_device(name: str) -> str:
-    """``name``, or the best device there is for ``auto`` (UserError when the named one is not there)."""
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(name.partition(":")[0], False):
-        raise UserError(f"--device {name}: not on this machine; use cpu")
-    return name

@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from polymodal.errors import UserError
+from polymodal.weights import load_tensors
 from torch import Tensor, nn
 from torchvision.models import resnet
 
 from css.models.base import FeatureExtractor, Features
 from css.models.heads import kaiming
-from css.models.weights import fill, load_tensors
+from css.models.weights import fill
 
 __all__ = ["ASPP", "DeepLabV3", "conv_norm_relu"]
 

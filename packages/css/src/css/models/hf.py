@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from polymodal.errors import UserError
+from polymodal.weights import has_weights, load_tensors, quiet_transformers
 from torch import Tensor, nn
 
 from css.models.base import FeatureExtractor, Features
 from css.models.probe import probe
-from css.models.weights import load_tensors
 
 __all__ = ["HFExtractor"]
 
 _CLASSES = {"segformer": "SegformerForSemanticSegmentation", "upernet": "UperNetForSemanticSegmentation"}
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _FAULTS = (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, ImportError)
 _CLASSIFIERS = ("decode_head.classifier.", "auxiliary_head.", "classifier.")
 
@@ -103,11 +101,10 @@ def _create(folder: Path, kind: str, weights: Path | None) -> Any:
     model_class = getattr(transformers, _CLASSES[kind])
     options = {"local_files_only": True}
     tensors = None if weights is None else load_tensors(weights)
-    inside = any((folder / name).is_file() for name in _WEIGHTS)
     try:
-        with _quiet(transformers.utils.logging):
+        with quiet_transformers():
             config = transformers.AutoConfig.from_pretrained(folder, **options)
-            if tensors is None and not inside:
+            if tensors is None and not has_weights(folder):
                 return model_class(config)
             model, info = model_class.from_pretrained(
                 None if tensors is not None else folder,
@@ -139,17 +136,3 @@ def _refuse_misses(info: dict[str, Any], source: str, what: str, model: nn.Modul
     problems = [f"{len(names)} {kind} ({', '.join(names[:2])})" for kind, names in found.items() if names]
     if problems:
         raise UserError(f"weights of {source} are not {what}: {'; '.join(problems)}; give those of that network")
-
-
-@contextmanager
-def _quiet(logging: Any) -> Iterator[None]:
-    """No progress bar and no report: misses are errors of ours."""
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()

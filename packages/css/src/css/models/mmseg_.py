@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polymodal.errors import UserError, did_you_mean
+from polymodal.weights import load_tensors
 from torch import Tensor, nn
 
 from css.models.base import FeatureExtractor, Features
 from css.models.probe import probe
-from css.models.weights import fill, load_tensors
+from css.models.weights import fill
 
 if TYPE_CHECKING:
     from mmengine.config import Config

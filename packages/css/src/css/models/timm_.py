@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from polymodal.errors import UserError, did_you_mean
+from polymodal.weights import load_tensors
 from torch import Tensor, nn
 
 from css.models.base import FeatureExtractor, Features
@@ -15,7 +16,7 @@ from css.models.deeplab import conv_norm_relu
 from css.models.heads import kaiming
 from css.models.network import CSSNet
 from css.models.probe import probe
-from css.models.weights import fill, load_tensors
+from css.models.weights import fill
 
 __all__ = ["Fusion", "TimmExtractor"]
 

@@ -278,7 +278,7 @@ def read_adapter(path: Path) -> AdapterFolder:
     Raises:
         UserError: missing or broken files, or an adapter of another kind.
     """
-    from fedcore.models.weights import load_tensors
+    from polymodal.weights import load_tensors
 
     what, remedy = "PEFT adapter", "give a folder that save_pretrained wrote"
     path = path.expanduser()

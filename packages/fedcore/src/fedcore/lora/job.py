@@ -189,9 +189,9 @@ def keep_base(folder: Path, model: nn.Module) -> None:
 
 @torch.no_grad()
 def _load_base(model: nn.Module, path: Path) -> None:
-    from fedcore.models.weights import load_tensors
+    from polymodal.weights import load_tensors
 
-    stored, own = load_tensors(path), _tensors(model)
+    stored, own = load_tensors(path, strip=""), _tensors(model)
     if stored.keys() != own.keys() or any(stored[name].shape != value.shape for name, value in own.items()):
         raise UserError(f"{path} holds the base of another model; leave the options of model out, or start a new run")
     for name, value in own.items():

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from polymodal.errors import UserError
 from polymodal.paths import require_files
+from polymodal.weights import has_weights, quiet_transformers
 from torch import Tensor, nn
 
 __all__ = ["HFImages", "HFText", "hf_model"]
 
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _FAULTS = (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, ImportError)
 _NEW = ("classifier", "score", "pooler", "pre_classifier", "head")
 """first or last parts of names that a folder of a plain encoder need not have"""
@@ -110,12 +108,12 @@ def hf_model(
 def _create(transformers: Any, made: Any, folder: Path, options: dict[str, Any]) -> nn.Module:
     common = {"local_files_only": True, "trust_remote_code": False}
     try:
-        with _quiet(transformers.utils.logging):
+        with quiet_transformers():
             config = transformers.AutoConfig.from_pretrained(folder, **common, **options)
             unknown = [name for name in options if name not in ("num_labels",) and not hasattr(config, name)]
             if unknown:
                 raise ValueError(f"its configuration has no {', '.join(unknown)}")
-            if not any((folder / name).is_file() for name in _WEIGHTS):
+            if not has_weights(folder):
                 model: nn.Module = made.from_config(config)
                 return model
             model, info = made.from_pretrained(
@@ -164,17 +162,3 @@ def _try(adapter: nn.Module, folder: Path, shape: tuple[int, ...]) -> None:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"hf:{folder} does not take inputs of shape {shape}: {reason}") from error
     adapter.train()
-
-
-@contextmanager
-def _quiet(logging: Any) -> Iterator[None]:
-    """No progress bar and no report: misses are errors of ours."""
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()

@@ -65,7 +65,7 @@ def _load(model: nn.Module, path: Any) -> None:
     Raises:
         UserError: missing, broken, or of another model.
     """
-    from fedcore.models.weights import load_tensors
+    from polymodal.weights import load_tensors
 
     tensors, own = load_tensors(path), model.state_dict()
     classifier = getattr(model, "default_cfg", {}).get("classifier", "")

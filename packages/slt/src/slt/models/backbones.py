@@ -7,11 +7,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from polymodal.errors import UserError
+from polymodal.weights import load_tensors
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from slt.config import ModelConfig
-from slt.models.weights import load_tensors
 
 __all__ = ["CachedFeatures", "FrameCNN", "PoseEncoder", "build_backbone"]
 

@@ -1,50 +1,16 @@
-"""Read weights from files that a user names: safetensors, or torch files without code in them."""
+"""Weights and configuration from a local model folder of transformers."""
 
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
-import torch
 from polymodal.errors import UserError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from polymodal.weights import load_tensors
 from torch import Tensor
 
-__all__ = ["load_folder", "load_tensors", "read_config"]
-
-
-def load_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Read a state dict on the CPU.
-
-    Args:
-        path: ``.safetensors`` or a torch file; the latter is read with ``weights_only=True``.
-
-    Returns:
-        Tensors by name; a ``state_dict`` or ``model`` level around them is removed.
-
-    Raises:
-        UserError: the file is missing, unreadable, or holds something else than tensors.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"weights file {path} does not exist; give the path of a .safetensors or .pth file")
-    try:
-        if path.suffix == ".safetensors":
-            loaded: Any = load_file(path)
-        else:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot read weights from {path}: {reason}") from error
-    for level in ("state_dict", "model"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(level), dict):
-            loaded = loaded[level]
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise UserError(f"{path} does not hold a plain dictionary of tensors; save model.state_dict()")
-    return loaded
+__all__ = ["load_folder", "read_config"]
 
 
 def load_folder(folder: str | Path) -> dict[str, Tensor]:

@@ -10,10 +10,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from polymodal.devices import pick_device
 from polymodal.errors import UserError, did_you_mean
 
 from vlm_accel.families import FAMILIES, family_of
-from vlm_accel.loading import pick_device
+from vlm_accel.loading import AUTO
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,7 +55,7 @@ def load_language_model(
         _check_gguf(where / file)
     model = _load(where, file, dtype, attn)
     family_of(model)
-    model = model.to(pick_device(device)).eval()
+    model = model.to(pick_device(device, auto=AUTO)).eval()
     return model, _tokenizer(where, file)
 
 
