@@ -132,17 +132,18 @@ def heat_map(
 
 
 def rate_curves(
-    panels: Mapping[str, Mapping[str, Band]],
+    panels: Mapping[tuple[str, str], Mapping[str, Band]],
     *,
     y_label: str,
     x_label: str = "rows that lack something (%)",
     title: str = "",
 ) -> bytes:
-    """Scores over the missing rate of the test: a panel a test kind, a line a model, a band of one deviation.
+    """Scores over the missing rate of the test: a grid of panels, a line a model, a band of one deviation.
 
     Args:
-        panels: test kind -> model -> (rate, mean, deviation over seeds) points with rising rates; a deviation of 0
-            draws no band.
+        panels: (what was missing in training, what is missing in the test) -> model -> (rate, mean, deviation over
+            seeds) points with rising rates; a deviation of 0 draws no band. Rows of the grid are the first names, ""
+            where the lines tell the training apart; columns are the second ones.
         y_label: name of the score.
         x_label: name of the rate.
         title: of the picture.
@@ -153,22 +154,39 @@ def rate_curves(
     Raises:
         UserError: no line.
     """
+    from matplotlib.figure import Figure
+
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     if not names:
         raise UserError("no curve to draw: no model was evaluated")
-    figure, axes = _axes(len(panels), 1.2 + 3.4 * len(panels), 3.8)
-    for one, (panel, lines) in zip(axes, panels.items(), strict=True):
-        for name, points in lines.items():
-            number = names.index(name)
-            x, mean, sd = (np.array(values, dtype=np.float64) for values in zip(*points, strict=True))
-            style = _STYLES[number // len(PALETTE) % len(_STYLES)]
-            one.plot(x, mean, style, marker="o", markersize=3, color=color(number), linewidth=1.6, label=name)
-            if sd.any():
-                one.fill_between(x, mean - sd, mean + sd, color=color(number), alpha=0.15, linewidth=0)
-        one.set_title(f"missing in the test: {panel}", loc="left", fontsize=10)
-        one.set(xlabel=x_label)
+    rows, columns = list(dict.fromkeys(row for row, _ in panels)), list(dict.fromkeys(column for _, column in panels))
+    width, height = (3.4, 3.2) if len(columns) <= 4 else (2.3, 2.2)
+    legend = -(-len(names) // 6) * 0.25
+    size = (1.2 + width * len(columns), 1.0 + legend + height * len(rows))
+    figure = Figure(figsize=size, dpi=110 if len(columns) <= 4 else 80, layout="constrained")
+    axes = figure.subplots(len(rows), len(columns), sharex=True, sharey=True, squeeze=False)
+    for (row, column), lines in panels.items():
+        one = axes[rows.index(row)][columns.index(column)]
+        one.spines[["top", "right"]].set_visible(False)
         one.grid(alpha=0.25)
-    axes[0].set(ylabel=y_label)
-    axes[-1].legend(frameon=False, fontsize=8)
+        for name, points in lines.items():
+            _line(one, names.index(name), name, points)
+        one.set_title(f"missing in the test: {column}" if row == rows[0] else "", loc="left", fontsize=9)
+        one.set(xlabel=x_label if row == rows[-1] else "")
+        if column == columns[0]:
+            one.set(ylabel=f"missing in training: {row}\n{y_label}" if row else y_label)
+            one.yaxis.label.set_fontsize(8)
+    shown = {label: line for one in axes.flat for line, label in zip(*one.get_legend_handles_labels(), strict=True)}
+    figure.legend(
+        [shown[name] for name in names], names, loc="outside lower center", ncols=6, frameon=False, fontsize=8
+    )
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     return _png(figure)
+
+
+def _line(axes: Any, number: int, name: str, points: Band) -> None:
+    x, mean, sd = (np.array(values, dtype=np.float64) for values in zip(*points, strict=True))
+    style = _STYLES[number // len(PALETTE) % len(_STYLES)]
+    axes.plot(x, mean, style, marker="o", markersize=3, color=color(number), linewidth=1.6, label=name)
+    if sd.any():
+        axes.fill_between(x, mean - sd, mean + sd, color=color(number), alpha=0.12, linewidth=0)

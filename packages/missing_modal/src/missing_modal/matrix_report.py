@@ -209,22 +209,29 @@ def draw(config: MatrixConfig, records: Sequence[Record], folder: Path) -> list[
     deviations = {key: cell.sd for key, cell in cells.items() if cell is not None}
     name = metric + (" (%)" if metric.partition("/")[2].partition("/")[0] in _SHARES else "")
     title = f"{name} on {config.data.name}, {100 * at:g} % of the test rows"
-    panels: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
-    for kind in kinds:
-        lines: dict[str, list[tuple[float, float, float]]] = {}
-        for label in labels:
-            points = []
-            for ratio in config.tested():
-                cell = _summary(found[label, kind, ratio])
-                if cell is not None:
-                    points.append((100 * ratio, cell.mean, cell.sd or 0.0))
-            if points:
-                lines[label] = points
-        panels[kind] = lines
+    panels = _panels(config, records, found)
+    of = f"{config.data.name}, mean over training seeds and test tables"
     pictures = {
         "heat_map.png": heat_map(means, deviations, title=title),
-        "curves.png": rate_curves(panels, y_label=name, title=f"{config.data.name}, by what was missing in training"),
+        "curves.png": rate_curves(panels, y_label=name, title=of),
     }
     for file, content in pictures.items():
         save(folder / file, content)
     return [folder / file for file in pictures]
+
+
+def _panels(
+    config: MatrixConfig, records: Sequence[Record], found: Mapping[tuple[str, str, float], BySeed]
+) -> dict[tuple[str, str], dict[str, list[tuple[float, float, float]]]]:
+    """Curves by panel: with several methods a row a training pattern and a line a method, else one row."""
+    several = len({record["method"] for record in records}) > 1
+    panels: dict[tuple[str, str], dict[str, list[tuple[float, float, float]]]] = {}
+    for record in records:
+        label = label_of(record, records)
+        row = label.removeprefix(f"{record['method']}: ") if several else ""
+        for kind in config.kinds("test"):
+            cells = {ratio: _summary(found[label, kind, ratio]) for ratio in config.tested()}
+            points = [(100 * ratio, cell.mean, cell.sd or 0.0) for ratio, cell in cells.items() if cell is not None]
+            if points:
+                panels.setdefault((row, kind), {})[record["method"] if several else label] = points
+    return panels

@@ -117,11 +117,26 @@ def test_pictures_are_written(records, tmp_path):
     assert all(path.read_bytes().startswith(PNG) for path in files)
 
 
+def test_curves_have_a_row_a_training_pattern_and_a_line_a_method(records, tmp_path, monkeypatch):
+    import missing_modal.figures as figures
+
+    seen = {}
+    monkeypatch.setattr(figures, "rate_curves", lambda panels, **_: seen.update(panels) or PNG)
+    draw(config(methods=["dcp", "msp"]), records, tmp_path)
+    assert set(seen) == {(row, column) for row in ("image", "both") for column in ("image", "both")}
+    assert all(list(lines) == ["dcp", "msp"] for lines in seen.values())
+    seen.clear()
+    draw(config(), [one for one in records if one["method"] == "dcp"], tmp_path)
+    assert {key: list(lines) for key, lines in seen.items()} == {
+        ("", "image"): ["image", "both"], ("", "both"): ["image", "both"],
+    }  # fmt: skip
+
+
 def test_pictures_of_nothing_are_refused():
     with pytest.raises(UserError, match="no cell to draw"):
         heat_map({}, {})
     with pytest.raises(UserError, match="no curve to draw"):
-        rate_curves({"both": {}}, y_label="accuracy")
+        rate_curves({("", "both"): {}}, y_label="accuracy")
     assert heat_map({("a", "b"): 1.0}, {("a", "b"): None}).startswith(PNG)
 
 
