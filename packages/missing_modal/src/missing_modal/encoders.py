@@ -15,8 +15,8 @@ from polymodal.errors import UserError
 from polymodal.paths import cache_dir
 from torch import Tensor
 
-from missing_modal.data.base import MMData
-from missing_modal.inputs import ArrayInput, ByteTokens, input_transforms
+from missing_modal.data.base import MMData, Sample
+from missing_modal.inputs import ByteTokens, input_transforms
 from missing_modal.settings import BackboneConfig
 
 if TYPE_CHECKING:
@@ -31,13 +31,14 @@ _PAIRS = 16_000
 _IMAGE_SIDE, _PATCHES_A_SIDE, _MELS, _COLUMNS, _CONTEXT = 32, 4, 32, 16, 77
 
 
-def build_towers(config: BackboneConfig, reader: MMData) -> tuple[Tower, ...]:
+def build_towers(config: BackboneConfig, reader: MMData, *, train: bool = True) -> tuple[Tower, ...]:
     """Frozen encoders in the order of the reader's modalities, on the CPU.
 
     Args:
         config: which ones; ``small`` makes them for the data, any other name is ``backbones.load``'s, with small ones
             beside it for modalities that it has not (audio, tabular).
         reader: its modalities and kinds, and for small encoders the shapes of its samples.
+        train: false leaves small encoders with their random weights (to look at what would be trained).
 
     Raises:
         UserError: an unknown name, weights that are missing or do not fit, a modality without an encoder.
@@ -47,7 +48,11 @@ def build_towers(config: BackboneConfig, reader: MMData) -> tuple[Tower, ...]:
             from missing_modal.backbones.weights import read_towers
 
             return _in_order(read_towers(config.weights)[0], reader)
-        return train_small(config, reader, small_towers(config, reader, reader.modalities))
+        towers = small_towers(config, reader, reader.modalities)
+        if train:
+            return train_small(config, reader, towers)
+        _check_pairs(config, reader)
+        return towers
     from missing_modal.backbones.load import load_towers
 
     loaded = load_towers(config.name, config.weights, config.seed, config.context or None)
@@ -154,10 +159,9 @@ def train_small(
         return tuple(towers)
     from missing_modal.backbones.pretrain import pretrain
 
+    _check_pairs(config, reader)
     inputs = _pairs(reader, towers)
     rows = len(next(iter(inputs.values())))
-    if rows < 2:
-        raise UserError(f"{reader.name}: {rows} training samples have all modalities; expected 2 (or backbone.steps=0)")
     settings = {**asdict(config), "weights": None, "dtype": None}
     key = hashlib.sha256(json.dumps([settings, reader.describe()], sort_keys=True, default=str).encode()).hexdigest()
     path = cache or cache_dir("missing_modal", "towers") / f"{reader.name}-{key[:16]}.safetensors"
@@ -177,11 +181,26 @@ def _pairs(reader: MMData, towers: Sequence[Tower]) -> dict[str, Tensor]:
         found: Mapping[str, Any] = make(_PAIRS)
         return {name: torch.as_tensor(value) for name, value in found.items()}
     transforms = input_transforms(towers, reader.kinds)
+    complete = _complete(reader)[:_PAIRS]
+    return {
+        name: torch.stack([transforms[name](sample.inputs[name]) for sample in complete]) for name in reader.modalities
+    }
+
+
+def _complete(reader: MMData) -> list[Sample]:
+    """Training samples that really have all modalities."""
     names = reader.modalities
-    complete = [s for s in reader.samples("train") if all(s.inputs.get(name) is not None for name in names)][:_PAIRS]
-    return {name: _stack(transforms[name], [sample.inputs[name] for sample in complete]) for name in names}
+    return [s for s in reader.samples("train") if all(s.inputs.get(name) is not None for name in names)]
 
 
-def _stack(transform: ArrayInput, values: Sequence[Any]) -> Tensor:
-    rows = [transform(value) for value in values]
-    return torch.stack(rows) if rows else torch.empty(0)
+def _check_pairs(config: BackboneConfig, reader: MMData) -> None:
+    """Whether there is something to train small encoders on, told before anything is decoded.
+
+    Raises:
+        UserError: fewer than two complete rows.
+    """
+    if not config.steps or len(reader.modalities) < 2 or hasattr(reader, "pairs"):
+        return
+    rows = len(_complete(reader))
+    if rows < 2:
+        raise UserError(f"{reader.name}: {rows} training samples have all modalities; expected 2 (or backbone.steps=0)")

@@ -137,14 +137,14 @@ class Job:
 
     @cached_property
     def towers(self) -> tuple[Tower, ...]:
-        """The frozen encoders, on the CPU.
+        """The frozen encoders, on the CPU; in a dry run small ones keep their random weights.
 
         Raises:
             UserError: see ``encoders.build_towers``.
         """
         from missing_modal.encoders import build_towers
 
-        return build_towers(self.config.backbone, self.reader)
+        return build_towers(self.config.backbone, self.reader, train=not self.config.dry_run)
 
     @cached_property
     def backbone(self) -> dict[str, dict[str, str]]:
@@ -235,6 +235,9 @@ class Job:
         for tower in self.towers:
             spec = tower.spec
             lines.append(f"encoder   {spec.name}: {tower.identity}, width {spec.width}, {spec.depth} blocks, frozen")
+        backbone = self.config.backbone
+        if backbone.name == "small" and backbone.weights is None and backbone.steps and len(self.towers) > 1:
+            lines.append(f"encoders  trained for {backbone.steps} steps first, unless the cache has them")
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         head = sum(p.numel() for p in model.head.parameters())
         lines.append(f"method    {self.config.method} {self.config.options_of_method() or ''}".rstrip())
@@ -336,14 +339,10 @@ class Job:
 
     def _write_exports(self, run: Run, module: MMModule, data: MMDataModule, rows: int) -> None:
         """The small files of the trained prompts; a line about each on the terminal."""
-        from missing_modal.classifier import Classifier
         from missing_modal.export import write_exports
 
         module.to("cpu").eval()
         module.place("cpu")
-        if not isinstance(module.model, Classifier):
-            log.info("no small files: %s runs inside its encoder; the checkpoint has everything", self.config.method)
-            return
         about = {**module.meta, "calibrated_on": rows}
         # A few samples tell what rounding changes; encoders in another number format would tell of that, instead.
         batches = [data.first("test", _COMPARED)] if self.dtype() is None else []

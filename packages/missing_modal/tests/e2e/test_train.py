@@ -14,9 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from missing_modal import predict_command
 from missing_modal.backbones.base import state_hash
 from missing_modal.backbones.weights import read_towers
+from missing_modal.batch import Batch
 from missing_modal.calibration import Temperatures
+from missing_modal.checkpoint import load_trained
+from missing_modal.export import read
 from missing_modal.job import Job
 from missing_modal.methods import METHODS
 from missing_modal.report import read_report
@@ -233,8 +237,26 @@ def test_a_users_own_rows_with_real_nulls(mm_train, tmp_path: Path) -> None:
     assert sum(counts["tabular"] for counts in patterns.values()) == 40, "each third row has no text"
 
 
+def _exports_hold_what_was_trained(folder: Path) -> None:
+    """Of a ViLT: the trained values and nothing of the encoder, and the logits of the checkpoint."""
+    state = load_checkpoint(folder / "checkpoints" / "best.ckpt")["state_dict"]
+    for kind, dtype in (("trainable", torch.float32), ("baked", torch.float16)):
+        about, tensors = read(folder / "export" / f"{kind}.safetensors")
+        assert (about["method"], about["kind"]) == ("mmp_vilt", kind)
+        assert {"prompter.value", "pooler.weight", "head.0.weight"} <= tensors.keys()
+        assert all(torch.equal(value, state[f"model.{name}"].to(dtype)) for name, value in tensors.items())
+    images, ids = torch.rand(3, 3, 32, 32), torch.tensor([[101, 104, 102]])
+    rows = {"image": torch.arange(3), "text": torch.tensor([0])}
+    batch = Batch(list("abc"), [3, 1, 1], {"image": images, "text": ids}, rows)
+    with torch.no_grad():
+        exact = load_trained(folder).model(batch)
+        assert torch.equal(load_trained(folder / "export" / "trainable.safetensors").model(batch), exact)
+        baked = load_trained(folder / "export" / "baked.safetensors").model(batch)
+    torch.testing.assert_close(baked, exact, atol=2e-3, rtol=0)
+
+
 @pytest.mark.slow
-def test_vilt_with_its_own_method_and_no_other(mm_train, complains, tmp_path: Path) -> None:
+def test_vilt_with_its_own_method_and_no_other(mm_train, complains, tmp_path: Path, monkeypatch, capsys) -> None:
     transformers = pytest.importorskip("transformers")
     from PIL import Image
 
@@ -255,9 +277,14 @@ def test_vilt_with_its_own_method_and_no_other(mm_train, complains, tmp_path: Pa
     options += ["--loader.num_workers", "0"]
     result = mm_train(*options, "--method", "mmp_vilt", "--method_options", "{length: 4, depth: 2}")
     assert result.code == 0, result.err
-    assert "no small files" in result.err
-    stored = load_checkpoint(only(tmp_path) / "checkpoints" / "last.ckpt")["state_dict"]
+    folder = only(tmp_path)
+    stored = load_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"]
     assert {name.split(".")[1] for name in stored} == {"prompter", "head", "pooler"}
+    _exports_hold_what_was_trained(folder)
+    for arguments, present in ((["--image", str(tmp_path / "3.png")], "image"), (["--text", "good"], "text")):
+        monkeypatch.setattr(sys, "argv", ["mm-predict", str(folder / "export" / "baked.safetensors"), *arguments])
+        assert predict_command.main() == 0
+        assert capsys.readouterr().out.split("\t")[:2] == ["sample", present]
     complains(mm_train(*options, "--method", "head_only"), "mmp_vilt")
 
 
@@ -367,8 +394,18 @@ def test_a_dry_run_tells_what_is_missing_and_what_is_trained_and_writes_nothing(
     assert "missing   train: both, 70 % of the rows (complete 58, image 67, text 67)" in result.out
     # widths 8, two rows a group, two deep: statics, commons, F, G, attention, queries (specification, 3.5), head
     count = 64 + 48 + 560 + 84 + 576 + 96 + 18
+    assert "encoders  trained for 8 steps first" in result.out
     assert f"trained   {count:,} parameters, 18 of them in the head" in result.out
     assert "nothing was trained" in result.out
+
+
+def test_a_dry_run_trains_no_encoders_and_leaves_the_cache_alone(mm_train, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("POLYMODAL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("missing_modal.backbones.pretrain.pretrain", None)
+    result = mm_train("--dry_run", "true")
+    assert result.code == 0, result.err
+    assert "trained for 250 steps first" in result.out
+    assert not (tmp_path / "cache").exists()
 
 
 def test_the_default_world_has_the_published_numbers_of_parameters(mm_train) -> None:
