@@ -19,7 +19,7 @@ from polymodal.files import atomic_write
 from polymodal.paths import require_files
 
 from missing_modal.data.base import Task
-from missing_modal.metrics import Scores, as_array, by_pattern, mean_by_row, score_samples
+from missing_modal.metrics import Addends, Scores, as_array, mean_by_row, score_samples
 from missing_modal.patterns import IMAGE_TEXT, all_masks, mask_name
 from missing_modal.tables import draw_masks
 
@@ -84,7 +84,15 @@ class LogitCache:
         self.table_ids, self._place = np.unique(np.array(self.rows, dtype=object), return_inverse=True)
         self.needed = passes(cast("Sequence[int]", self.natural), self.modalities)
         self._logits: dict[int, NDArray[Any]] = {}
+        self._names = {mask: mask_name(mask, self.modalities) for mask in all_masks(self.modalities)}
+        #: (2^M, N) line of a sample under a pattern in the passes laid end to end, -1 where it cannot have it
+        self._line = np.full((full + 1, len(self.ids)), -1, dtype=np.int64)
+        offset = 0
+        for mask, samples in self.needed.items():
+            self._line[mask, samples] = offset + np.arange(len(samples))
+            offset += len(samples)
         self._scores: Scores | None = None
+        self._addends: Addends | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -111,7 +119,7 @@ class LogitCache:
         if values.ndim != 2 or len(values) != len(self.needed[mask]) or len(classes) != 1:
             raise ValueError(f"logits {values.shape} of pattern {mask}; expected ({len(self.needed[mask])}, C)")
         self._logits[mask] = values
-        self._scores = None
+        self._scores = self._addends = None
 
     def logits(self, masks: Any) -> NDArray[Any]:
         """(N, C) logits of all samples under the patterns ``masks`` (N,).
@@ -142,17 +150,24 @@ class LogitCache:
 
     def scores(self, masks: Any) -> Scores:
         """Scores of the samples under the patterns ``masks`` (N,): computed once a pass, then only picked."""
+        return self._all_scores().take(self._lines(np.asarray(masks, dtype=np.int64)))
+
+    def _all_scores(self) -> Scores:
+        """Scores of the passes laid end to end."""
         self._complete()
-        line = self._lines(np.asarray(masks, dtype=np.int64))
         if self._scores is None:
             logits = np.concatenate([self._logits[mask] for mask in self.needed])
             labels = np.concatenate([self.labels[samples] for samples in self.needed.values()])
             self._scores = score_samples(logits, labels, self.task)
-        return self._scores.take(line)
+        return self._scores
 
     def evaluate(self, masks: Any, prefix: str = "test/") -> dict[str, float]:
-        """``metrics.report`` of the samples under the patterns ``masks`` (N,), without computing it."""
-        return by_pattern(self.scores(masks), masks, self.modalities, prefix)
+        """``metrics.report`` of the samples under the patterns ``masks`` (N,): sums over what was computed once."""
+        held = np.asarray(masks, dtype=np.int64)
+        if self._addends is None:
+            self._addends = Addends(self._all_scores())
+        line = self._lines(held)
+        return self._addends.by_group({name: line[held == mask] for mask, name in self._names.items()}, prefix)
 
     def mean_rows(self) -> LogitCache:
         """The cache of the rows: probabilities averaged over the samples of a row under each pattern.
@@ -182,12 +197,8 @@ class LogitCache:
         """Line of each sample in the passes laid end to end."""
         if masks.shape != self.natural.shape:
             raise ValueError(f"patterns {masks.shape} for {len(self)} samples")
-        line = np.full(len(self), -1, dtype=np.int64)
-        offset = 0
-        for mask, samples in self.needed.items():
-            chosen = masks[samples] == mask
-            line[samples[chosen]] = offset + np.flatnonzero(chosen)
-            offset += len(samples)
+        known = (masks >= 0) & (masks < len(self._line))
+        line = np.where(known, self._line[np.where(known, masks, 0), np.arange(len(self))], -1)
         if (line < 0).any():
             sample = int(np.flatnonzero(line < 0)[0])
             raise ValueError(f"sample {self.ids[sample]} has {self.natural[sample]}, not pattern {masks[sample]}")

@@ -1,13 +1,15 @@
 """Scores of a classifier, over all samples and by pattern of present modalities.
 
-Everything is first computed a sample (``score_samples``), then averaged (``summarise``), so that the evaluation matrix
-can look up a sample's scores instead of computing them anew. Numbers lie in 0..1 except ``nll`` and ``brier``.
+Everything is first computed a sample (``score_samples``), then added up (``Addends``) and turned into metrics, so that
+the evaluation matrix can look up a sample's part instead of computing it anew, and the sums over all samples are those
+of the patterns. Numbers lie in 0..1 except ``nll`` and ``brier``.
 Computed in float64; arrays of NumPy and tensors of torch are accepted alike, torch is not imported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from missing_modal.data.base import Task
 
 __all__ = [
+    "Addends",
     "Scores",
     "as_array",
     "auroc",
@@ -168,6 +171,28 @@ def _f1(hits: NDArray[np.int64], found: NDArray[np.int64], true: NDArray[np.int6
     return result
 
 
+def _f1_parts(y: NDArray[np.bool_], p: NDArray[np.bool_]) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
+    """Of each sample: (N, 3C) hits, predictions and positive labels, and (N,) its own F1, nan where it has neither."""
+    counts = np.concatenate([y & p, p, y], axis=1).astype(np.int32)
+    by_sample = _f1(*(part.sum(axis=1, dtype=np.int64) for part in np.split(counts, 3, axis=1)))
+    return counts, by_sample
+
+
+def _f1_metrics(counts: NDArray[Any], by_sample: float, defined: float) -> dict[str, float]:
+    """See ``f1_scores``, from sums over samples: (3C,) counts, sum of the samples' F1 and how many have one."""
+    hits, found, true = np.split(counts.astype(np.int64), 3)
+    by_class = _f1(hits, found, true)
+    support = int(true.sum())
+    micro = _f1(hits.sum(keepdims=True), found.sum(keepdims=True), true.sum(keepdims=True))
+    weighted = float(np.nansum(by_class * true)) / support if support else float("nan")
+    return {
+        "macro": _mean(by_class[~np.isnan(by_class)]),
+        "micro": float(micro[0]),
+        "samples": by_sample / defined if defined else float("nan"),
+        "weighted": weighted,
+    }
+
+
 def f1_scores(truth: Any, predicted: Any) -> dict[str, float]:
     """F1 of several labels a sample.
 
@@ -183,20 +208,9 @@ def f1_scores(truth: Any, predicted: Any) -> dict[str, float]:
     Source:
         DCP (arXiv 2410.06558), our specification 4.4.
     """
-    y, p = as_array(truth).astype(bool), as_array(predicted).astype(bool)
-    both = y & p
-    hits, found, true = (a.sum(axis=0, dtype=np.int64) for a in (both, p, y))
-    by_class = _f1(hits, found, true)
-    by_sample = _f1(*(a.sum(axis=1, dtype=np.int64) for a in (both, p, y)))
-    support = int(true.sum())
-    micro = _f1(hits.sum(keepdims=True), found.sum(keepdims=True), true.sum(keepdims=True))
-    weighted = float(np.nansum(by_class * true)) / support if support else float("nan")
-    return {
-        "macro": _mean(by_class[~np.isnan(by_class)]),
-        "micro": float(micro[0]),
-        "samples": _mean(by_sample[~np.isnan(by_sample)]),
-        "weighted": weighted,
-    }
+    counts, by_sample = _f1_parts(as_array(truth).astype(bool), as_array(predicted).astype(bool))
+    there = by_sample[~np.isnan(by_sample)]
+    return _f1_metrics(counts.sum(axis=0, dtype=np.int64), float(there.sum()), len(there))
 
 
 def auroc(truth: Any, score: Any) -> float:
@@ -211,19 +225,106 @@ def auroc(truth: Any, score: Any) -> float:
     negatives = len(y) - positives
     if not positives or not negatives:
         return float("nan")
-    _, place, counts = np.unique(s, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    rank = (ends - (counts - 1) / 2.0)[place]
-    return float((rank[y].sum() - positives * (positives + 1) / 2.0) / (positives * negatives))
+    _, place = np.unique(s, return_inverse=True)
+    return _auroc(np.bincount(place[y], minlength=place.max() + 1), np.bincount(place[~y], minlength=place.max() + 1))
 
 
-def _ece(scores: Scores) -> float:
-    """Expected calibration error: sum over bins of |sum of confidences - number of hits|, by the number of entries."""
-    if not scores.bins.size:
-        return float("nan")
-    hits = (scores.truth == scores.predicted).ravel().astype(np.float64)
-    gap = np.bincount(scores.bins.ravel(), weights=scores.confidence.ravel() - hits, minlength=_BINS)
-    return float(np.abs(gap).sum() / hits.size)
+def _auroc(positives: NDArray[np.int64], negatives: NDArray[np.int64]) -> float:
+    """See ``auroc``; how many of each there are at each distinct score, ascending. Half integers: sums are exact."""
+    pairs = int(positives.sum()) * int(negatives.sum())
+    below = np.cumsum(negatives) - negatives / 2.0
+    return float((positives * below).sum() / pairs) if pairs else float("nan")
+
+
+class Addends:
+    """What each of N samples adds to the sums that all metrics are made of.
+
+    Args:
+        scores: of N samples.
+
+    Attributes:
+        task: of the scores.
+        rows: (N, K) float64: NLL, Brier, hit (several labels: F1 of the sample, 0 where it has none), whether that is
+            defined, then confidence minus hits in each of the 15 bins.
+        counts: several labels: (N, 3C) hits, predictions and positive labels, else (N, 0).
+        entries: decisions of a sample: C with several labels, else 1.
+        places: binary: (N,) place of the rank among the distinct ranks, twice as fine: + 1 for class 1; else None.
+    """
+
+    def __init__(self, scores: Scores) -> None:
+        count, several = len(scores), scores.task == "multilabel"
+        self.task: Task = scores.task
+        self.entries = scores.truth.shape[1] if several else 1
+        right = (scores.truth == scores.predicted).astype(np.float64)
+        if several:
+            self.counts, first = _f1_parts(scores.truth, scores.predicted)
+        else:
+            self.counts, first = np.zeros((count, 0), dtype=np.int32), right
+        at = (np.arange(count) * _BINS).repeat(self.entries) + scores.bins.ravel()
+        gaps = np.bincount(at, weights=(scores.confidence - right).ravel(), minlength=count * _BINS)
+        defined = ~np.isnan(first)
+        columns = [scores.nll, scores.brier, np.where(defined, first, 0.0), defined]
+        self.rows = np.concatenate([np.stack(columns, axis=1), gaps.reshape(count, _BINS)], axis=1)
+        self.places: NDArray[np.int64] | None = None
+        if self.task == "binary":
+            _, place = np.unique(scores.rank, return_inverse=True)
+            self.places = 2 * place + scores.truth
+            self._distinct = int(place.max(initial=-1)) + 1
+
+    def sums(self, lines: NDArray[np.int64] | slice) -> _Sums:
+        """Sums over the samples of ``lines`` (numbers)."""
+        rows = self.rows[lines]
+        held = None if self.places is None else np.bincount(self.places[lines], minlength=2 * self._distinct)
+        return _Sums(len(rows), rows.sum(axis=0), self.counts[lines].sum(axis=0, dtype=np.int32), held)
+
+    def metrics(self, sums: _Sums) -> dict[str, float]:
+        """See ``summarise``."""
+        count = sums.count or float("nan")
+        nll, brier, first, defined = (float(value) for value in sums.rows[:4])
+        found: dict[str, float] = {}
+        if self.task == "multilabel":
+            found |= {f"f1_{name}": value for name, value in _f1_metrics(sums.counts, first, defined).items()}
+        else:
+            found["accuracy"] = first / count
+            if sums.places is not None:
+                found["auroc"] = _auroc(sums.places[1::2], sums.places[::2])
+        ece = float(np.abs(sums.rows[4:]).sum()) / (count * self.entries)
+        return {**found, "nll": nll / count, "brier": brier / count, "ece": ece}
+
+    def by_group(self, groups: Mapping[str, NDArray[np.int64]], prefix: str) -> dict[str, float]:
+        """Metrics of disjoint groups of samples, and before them those of all of these samples.
+
+        Args:
+            groups: name -> numbers of its samples, which may be none.
+            prefix: of the metrics' names.
+
+        Returns:
+            See ``by_pattern``.
+        """
+        parts = {name: self.sums(lines) for name, lines in groups.items() if len(lines)}
+        whole = self.sums(slice(0, 0))
+        for part in parts.values():
+            whole = whole.plus(part)
+        found = {f"{prefix}{name}": value for name, value in self.metrics(whole).items()}
+        for suffix, part in parts.items():
+            values = self.metrics(part)
+            found |= {f"{prefix}{name}/{suffix}": value for name, value in values.items() if not math.isnan(value)}
+        return found
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Of ``count`` samples: see ``Addends``; ``places``: how many samples there are at each place."""
+
+    count: int
+    rows: NDArray[np.float64]
+    counts: NDArray[np.int32]
+    places: NDArray[np.int64] | None
+
+    def plus(self, other: _Sums) -> _Sums:
+        """Sums over both."""
+        places = None if self.places is None or other.places is None else self.places + other.places
+        return _Sums(self.count + other.count, self.rows + other.rows, self.counts + other.counts, places)
 
 
 def summarise(scores: Scores) -> dict[str, float]:
@@ -238,14 +339,8 @@ def summarise(scores: Scores) -> dict[str, float]:
     Source:
         DCP (arXiv 2410.06558), our specification 4.4.
     """
-    found: dict[str, float] = {}
-    if scores.task == "multilabel":
-        found |= {f"f1_{name}": value for name, value in f1_scores(scores.truth, scores.predicted).items()}
-    else:
-        found["accuracy"] = _mean((scores.truth == scores.predicted).astype(np.float64))
-        if scores.task == "binary":
-            found["auroc"] = auroc(scores.truth, scores.rank)
-    return {**found, "nll": _mean(scores.nll), "brier": _mean(scores.brier), "ece": _ece(scores)}
+    addends = Addends(scores)
+    return addends.metrics(addends.sums(slice(None)))
 
 
 def by_pattern(
@@ -263,16 +358,9 @@ def by_pattern(
         ``test/accuracy`` over all samples (nan where not defined), then ``test/accuracy/complete``,
         ``test/accuracy/image``, ... for the patterns that occur, where defined.
     """
-    found = {f"{prefix}{name}": value for name, value in summarise(scores).items()}
     held = as_array(masks)
-    for mask in all_masks(modalities):
-        chosen = held == mask
-        if not chosen.any():
-            continue
-        part = summarise(scores.take(chosen))
-        suffix = mask_name(mask, modalities)
-        found |= {f"{prefix}{name}/{suffix}": value for name, value in part.items() if not np.isnan(value)}
-    return found
+    groups = {mask_name(mask, modalities): np.flatnonzero(held == mask) for mask in all_masks(modalities)}
+    return Addends(scores).by_group(groups, prefix)
 
 
 def report(
