@@ -131,15 +131,19 @@ def tables(options: Options) -> list[Row]:
     }
     found = interleave(functions, options.times(11), 2, options.sync)
     step, once, each = (found[key].wall for key in ("step", "once", "loop"))
-    label = f"{shape.name}, {len(patterns)} patterns, depth {shape.depth}"
+    label = f"{shape.name}, depth {shape.depth}"
     rows = [
-        value(f"{label}: share of the training step", "%", [100 * a / b for a, b in zip(once, step, strict=True)]),
         value(
-            f"{label}: share of a step that makes them for each sample",
+            f"{label}: tables of {len(patterns)} patterns, share of the training step",
+            "%",
+            [100 * a / b for a, b in zip(once, step, strict=True)],
+        ),
+        value(
+            f"{label}: tables for each sample, share of a step that makes them",
             "%",
             [100 * c / (b - a + c) for a, b, c in zip(once, step, each, strict=True)],
         ),
-        speedup(f"{label}: tables, forward and backward, against one for each sample", found["once"], found["loop"]),
+        speedup(f"{label}: tables, forward and backward, against those for each sample", found["once"], found["loop"]),
     ]
     from missing_modal.prompts import CorrelatedPrompts
 
