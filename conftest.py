@@ -2,4 +2,7 @@
 
 import os
 
+import pytest
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+pytest.register_assert_rewrite("polymodal.testing", "polymodal.forked")  # say what differs

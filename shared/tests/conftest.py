@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import multiprocessing
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from polymodal.forked import run_forked
 
 HERE = Path(__file__).parent
 
@@ -32,25 +31,13 @@ def toy():
 def toy_run(toy, tmp_path: Path) -> Callable[..., tuple[int, Path, str]]:
     """Run the toy command in a forked process; returns exit code (negative: signal), newest run folder, stderr."""
 
-    def call(*arguments: object, out: str = "runs") -> tuple[int, Path | None, str]:
-        folder = tmp_path / out
-        log = tmp_path / "stderr.txt"
-        argv = ["--out", str(folder), "--log.wandb", "off", *map(str, arguments)]
+    def call(*arguments: object, out: str = "toys") -> tuple[int, Path | None, str]:
+        def main() -> int:
+            return toy.command(toy.main, toy.ToyConfig, prog="toy-train")
 
-        def child() -> None:
-            with log.open("w") as handle:
-                os.dup2(handle.fileno(), 2)
-                sys.stderr = handle
-                sys.stdout = Path(os.devnull).open("w")
-                code = toy.command(toy.main, toy.ToyConfig, prog="toy-train", argv=argv)
-                handle.flush()
-                os._exit(code)
-
-        process = multiprocessing.get_context("fork").Process(target=child)
-        process.start()
-        process.join(120)
-        assert process.exitcode is not None, "the toy run hangs"
-        folders = sorted((folder / "toy").glob("*/")) if folder.exists() else []
-        return process.exitcode, (folders[-1] if folders else None), log.read_text()
+        options = ["--log.wandb", "off", *arguments]
+        code, error = run_forked(main, ["toy-train", *options], tmp_path / out)
+        folders = sorted((tmp_path / out / "runs" / "toy").glob("*/"))
+        return code, (folders[-1] if folders else None), error
 
     return call

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from polymodal.config import LoggingConfig
 from polymodal.errors import UserError
 from polymodal.logs import CsvLog, make_loggers
+from polymodal.testing import read_offline
 from polymodal.wandb_mode import wandb_mode
 
 
@@ -120,57 +119,19 @@ def offline_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, st
     return command, Path(path), rounds
 
 
-def records(path: Path) -> Iterator[bytes]:
-    """Records of a LevelDB-style log: 32 KiB blocks after a 7-byte file header; each piece has crc, length, type."""
-    data, position, record = path.read_bytes(), 7, b""
-    assert data[:4] == b":W&B"
-    while position + 7 <= len(data):
-        room = 32768 - position % 32768
-        if room < 7:
-            position += room
-            continue
-        length, kind = struct.unpack_from("<HB", data, position + 4)
-        record += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # full, last
-            yield record
-            record = b""
-
-
-def read_offline(folder: Path) -> tuple[dict, list[dict], list[dict]]:
-    """Config, history rows and metric definitions of an offline run file, by wandb's own messages."""
-    from wandb.proto import wandb_internal_pb2 as pb
-
-    config, history, metrics = {}, [], []
-    for data in records(next(folder.glob("*.wandb"))):
-        record = pb.Record()
-        record.ParseFromString(data)
-        kind = record.WhichOneof("record_type")
-        if kind == "run":
-            config |= {u.key or ".".join(u.nested_key): json.loads(u.value_json) for u in record.run.config.update}
-        elif kind == "history":
-            history.append({i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in record.history.item})
-        elif kind == "metric":
-            metrics.append(
-                {"name": record.metric.name, "glob": record.metric.glob_name, "step": record.metric.step_metric}
-            )
-    return config, history, metrics
-
-
 def test_offline_wandb_run_has_config_metrics_axes_and_table(offline_run: tuple[str, Path, str]) -> None:
     command, folder, _ = offline_run
     assert command.startswith("wandb sync ")
     wandb_folder = Path(command.removeprefix("wandb sync "))
     assert wandb_folder.is_relative_to(folder / "wandb")
-    config, history, metrics = read_offline(wandb_folder)
+    config, history, axes = read_offline(wandb_folder)
     assert config["seed"] == 3
     assert config["trainer"]["max_epochs"] == 10
     assert config["method"] == "mlp"
     assert config["data_info"]["fingerprint"] == "f"
     values = [(row["step"], row["train/loss"]) for row in history if "train/loss" in row]
     assert values == [(1, 1.0), (2, 0.5)]
-    assert {"name": "", "glob": "train/*", "step": "step"} in metrics
-    assert {"name": "", "glob": "comm/*", "step": "round"} in metrics
+    assert (axes["train/*"], axes["comm/*"]) == ("step", "round")
     table = next(row for row in history if "test/translations.nrows" in row)
     assert (table["test/translations.nrows"], table["test/translations._type"]) == (2, "table-file")
     stored = next((wandb_folder / "files" / "media").rglob("*.table.json"))
@@ -178,11 +139,11 @@ def test_offline_wandb_run_has_config_metrics_axes_and_table(offline_run: tuple[
 
 
 def test_a_run_that_counts_rounds_has_them_on_every_axis(offline_run: tuple[str, Path, str]) -> None:
-    _, history, metrics = read_offline(Path(offline_run[2].removeprefix("wandb sync ")))
+    _, history, axes = read_offline(Path(offline_run[2].removeprefix("wandb sync ")))
     (row,) = [row for row in history if "train/loss" in row]
     assert row["round"] == 1
     assert "step" not in row
-    axes = {metric["glob"]: metric["step"] for metric in metrics if metric["glob"]}
+    axes = {pattern: axis for pattern, axis in axes.items() if pattern.endswith("*")}
     assert axes.keys() >= {"train/*", "val/*", "test/*", "comm/*", "perf/*", "client/*"}
     assert set(axes.values()) == {"round"}
 
