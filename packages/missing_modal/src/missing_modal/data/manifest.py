@@ -87,8 +87,12 @@ class Manifest(FileData):
         stated = self.labels if self.labels != "auto" else self._read()[0].labels
         if stated:
             return stated  # type: ignore[return-value]  # checked when the header is read
-        rows = (row for found in self._read()[1].values() for _, row in found)
-        return "multilabel" if any(isinstance(row.get("label"), list) for row in rows) else "multiclass"
+        found: Task | None = self.__dict__.get("_found_task")
+        if found is None:  # asked for every row: a look at all rows each time would be quadratic
+            rows = (row for split in self._read()[1].values() for _, row in split)
+            found = "multilabel" if any(isinstance(row.get("label"), list) for row in rows) else "multiclass"
+            self.__dict__["_found_task"] = found
+        return found
 
     @property
     def metric(self) -> str:  # type: ignore[override]
