@@ -292,6 +292,25 @@ def small_batch():
     return batch.restrict([3, 1, 2, 3, 2, 1], ("image", "text"))
 
 
+def test_baked_maps_and_probes_are_rounded_once(tmp_path):
+    """Products of float32 weights are taken in float64: what is stored is the nearest float32 to the exact value."""
+    model, about = small_model()
+    shown = export(tmp_path / "b.safetensors", model, about, kind="baked")
+    held = {name: value.double() for name, value in model.prompter.prompts.state_dict().items()}
+    for m, width in enumerate((8, 6)):
+        weight, bias = held[f"attention.{m}.in_proj_weight"], held[f"attention.{m}.in_proj_bias"]
+        out = held[f"attention.{m}.out_proj.weight"]
+        wanted = {
+            "matrix": out @ weight[2 * width :],
+            "shift": out @ bias[2 * width :] + held[f"attention.{m}.out_proj.bias"],
+            "probe": (held[f"queries.{m}.value"] @ weight[:width].T + bias[:width])
+            @ weight[width : 2 * width]
+            / math.sqrt(width),
+        }
+        for name, value in wanted.items():
+            assert torch.equal(shown.prompter.prompts.get_buffer(f"{name}_{m}"), value.float()), name
+
+
 def test_a_new_process_gives_the_same_bits_in_every_format_and_knows_the_temperatures(tmp_path):
     batch, given = small_batch(), Temperatures({3: 1.5, 1: 0.75, 2: 2.25}, 1.25)
     torch.save({"batch": vars(batch)}, tmp_path / "batch.pt")

@@ -24,7 +24,7 @@ _spec.loader.exec_module(layouts)
 # ------------------------------------------------------------------ images
 
 
-@pytest.mark.parametrize("size", [(300, 200), (201, 333), (64, 64), (50, 1000)])
+@pytest.mark.parametrize("size", [(300, 200), (201, 333), (64, 64), (50, 1000), (200, 333), (333, 200)])
 def test_images_equal_clips_own_transform(size):
     """torchvision's Resize(224, bicubic), CenterCrop(224), ToTensor, Normalize: how CLIP prepares images."""
     from torchvision import transforms as T

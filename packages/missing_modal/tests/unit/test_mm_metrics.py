@@ -69,6 +69,20 @@ def test_what_is_not_defined():
     assert all(math.isnan(value) for value in empty.values())
 
 
+def test_confidences_on_a_border_belong_to_the_bin_below():
+    """Bins are (low, high]: 3/15 is in the third, not in the fourth."""
+    found = {count: score_samples(np.zeros((1, count)), [0], "multiclass") for count in (3, 5, 15)}
+    exact = {count: scores for count, scores in found.items() if scores.confidence[0] * 15 == 15 // count}
+    assert exact, "1 / 3, 1 / 5 and 1 / 15 are all rounded here: choose other logits"
+    for count, scores in exact.items():
+        assert scores.bins.tolist() == [15 // count - 1]
+    assert score_samples([[900.0, 0.0]], [0], "binary").bins.tolist() == [14]
+
+
+def test_half_is_a_yes():
+    assert score_samples([[0.0, -1e-9]], [[1, 1]], "multilabel").predicted.tolist() == [[True, False]]
+
+
 def test_errors():
     with pytest.raises(UserError, match="not finite"):
         score_samples([[0.0, float("nan")]], [0], "multiclass")
