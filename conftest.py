@@ -5,4 +5,5 @@ import os
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-pytest.register_assert_rewrite("polymodal.testing", "polymodal.forked")  # say what differs
+pytest_plugins = ["polymodal.testing"]
+pytest.register_assert_rewrite("polymodal.forked")  # so that its asserts say what differs

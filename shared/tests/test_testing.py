@@ -16,8 +16,6 @@ from polymodal.testing import (
     Result,
     as_command,
     assert_same_results,
-    call_command,  # noqa: F401  (a fixture)
-    call_training,  # noqa: F401  (a fixture)
     curve,
     folder_of,
     manifest,
@@ -36,7 +34,7 @@ def speak() -> int:
     return 3
 
 
-def test_a_call_gives_code_and_words_and_puts_everything_back(call_command, monkeypatch) -> None:  # noqa: F811
+def test_a_call_gives_code_and_words_and_puts_everything_back(call_command, monkeypatch) -> None:
     monkeypatch.setenv("POLYMODAL_SHARED_RUN", "elsewhere")
     sys.stdout.write("before")
     result = call_command(speak, "speak", "--seed", 3)
@@ -46,7 +44,7 @@ def test_a_call_gives_code_and_words_and_puts_everything_back(call_command, monk
     assert os.environ["OMP_NUM_THREADS"] != "7"
 
 
-def test_a_training_call_is_quiet_and_writes_below_the_tests_folder(call_training, tmp_path: Path) -> None:  # noqa: F811
+def test_a_training_call_is_quiet_and_writes_below_the_tests_folder(call_training, tmp_path: Path) -> None:
     quiet = "--log.wandb off --trainer.progress none"
     assert call_training(speak, "t", "--seed", 3).out == f"t --seed 3 {quiet} --out {tmp_path / 'runs'}"
     assert call_training(speak, "t", "--out", "here").out == f"t --out here {quiet}"

@@ -1,6 +1,6 @@
 """What tests of commands share: calls in this process and as console scripts, and what is in a run folder.
 
-Fixtures are imported by name into the ``conftest.py`` that wants them. Needs pytest.
+A plugin of pytest, named in the ``conftest.py`` of the repository; its fixtures do nothing unless they are asked for.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = [
     "Result",
     "as_command",
     "assert_same_results",
-    "cache",
+    "cache_folder",
     "call_command",
     "call_training",
     "complains",
@@ -57,7 +57,7 @@ class Result:
 # ------------------------------------------------------------------ surroundings
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def one_thread() -> Iterator[None]:
     """Torch has one thread, and afterwards as many as before."""
     import torch
@@ -69,15 +69,15 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Cache folder of a session's tests, so that built-in data are made once."""
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.fixture(autouse=True)
-def use_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands keep what they make in ``cache``."""
-    monkeypatch.setenv("POLYMODAL_CACHE", str(cache))
+@pytest.fixture
+def use_cache(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands keep what they make in ``cache_folder``."""
+    monkeypatch.setenv("POLYMODAL_CACHE", str(cache_folder))
 
 
 # ------------------------------------------------------------------ calls

@@ -6,53 +6,29 @@ import importlib.util
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 from missing_modal import data_command
 from missing_modal.data.mmimdb import MMIMDb
 from missing_modal.tables import load_table, row_ids
+from polymodal.testing import one_error
 
 _spec = importlib.util.spec_from_file_location("mm_layouts_command", Path(__file__).parents[1] / "_layouts.py")
 layouts = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(layouts)
 
 
-@dataclass
-class Result:
-    """What a command did."""
-
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def mm_data(capsys, monkeypatch):
+def mm_data(call_command):
     """The command in this process."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["mm-data", *map(str, arguments)])
-        code = data_command.main()
-        out, err = capsys.readouterr()
-        return Result(code, out, err)
-
-    return run
+    return partial(call_command, data_command.main, "mm-data")
 
 
 def cells(text):
     rows = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     return {(row[0], row[1]): row[1:] for row in rows}
-
-
-def failed(result, *words):
-    """One line with the remedy, exit code 2."""
-    assert result.code == 2, result.err
-    lines = [line for line in result.err.splitlines() if "error:" in line]
-    assert len(lines) == 1
-    for word in words:
-        assert word in lines[0]
 
 
 def test_help_and_unknown_commands(mm_data):
@@ -76,11 +52,11 @@ def test_check_names_each_broken_file_once_a_row(mm_data, tmp_path):
     (home / "images" / "0000102.jpeg").write_bytes(b"no picture")  # a film with three plots
     (home / "images" / "0000301.jpeg").write_bytes(layouts.encoded(1)[:300])
     result = mm_data("check", "--data", "mmimdb", "--data.root", home)
-    failed(result, "2 files of mmimdb cannot be used", "0000102.jpeg is broken", "copy them again")
+    one_error(result, "2 files of mmimdb cannot be used", "0000102.jpeg is broken", "copy them again")
     assert result.out.count("is broken") == 2
     assert mm_data("check", "--data", "mmimdb", "--data.root", home, "--files", "false").code == 0
     (home / "labels" / "0000200.json").unlink()
-    failed(mm_data("check", "--data", "mmimdb", "--data.root", home), "0000200.json is missing")
+    one_error(mm_data("check", "--data", "mmimdb", "--data.root", home), "0000200.json is missing")
 
 
 def test_check_decodes_all_kinds_of_a_manifest(mm_data, tmp_path):
@@ -88,8 +64,8 @@ def test_check_decodes_all_kinds_of_a_manifest(mm_data, tmp_path):
     assert mm_data("check", "--data", path).code == 0
     (tmp_path / "sounds" / "2.wav").write_bytes(b"RIFF")
     result = mm_data("check", "--data", path)
-    failed(result, "1 files of manifest", "2.wav cannot be read", "ffmpeg")
-    failed(mm_data("check"), "no file given")
+    one_error(result, "1 files of manifest", "2.wav cannot be read", "ffmpeg")
+    one_error(mm_data("check"), "no file given")
 
 
 def test_show_tells_what_the_table_takes_from_what_is_there(mm_data, tmp_path):
@@ -114,7 +90,7 @@ def test_show_tells_what_the_table_takes_from_what_is_there(mm_data, tmp_path):
     assert samples["rows"] == 20
     again = mm_data(*show, "--missing.kind", "image", "--missing.tables", tmp_path / "tables")
     assert cells(again.out) == table
-    failed(mm_data(*show, "--missing.kind", "text", "--missing.tables", tmp_path / "tables"), "no missing table")
+    one_error(mm_data(*show, "--missing.kind", "text", "--missing.tables", tmp_path / "tables"), "no missing table")
 
 
 def test_tables_have_a_row_a_film(mm_data, tmp_path):
@@ -131,26 +107,26 @@ def test_convert(mm_data, tmp_path):
     pytest.importorskip("pyarrow")
     raw = layouts.write_food101(tmp_path / "raw")
     convert = ("convert", "--data", "food101", "--data.root", raw)
-    failed(mm_data(*convert), "--out is missing")
+    one_error(mm_data(*convert), "--out is missing")
     result = mm_data(*convert, "--out", tmp_path / "arrow")
     assert result.code == 0, result.err
     assert f"{tmp_path / 'arrow' / 'food101_train.arrow'}: 5 rows" in result.out
     before = (tmp_path / "arrow" / "food101_val.arrow").read_bytes()
-    failed(mm_data(*convert, "--out", tmp_path / "arrow"), "food101_train.arrow exists", "--overwrite true")
+    one_error(mm_data(*convert, "--out", tmp_path / "arrow"), "food101_train.arrow exists", "--overwrite true")
     assert mm_data(*convert, "--out", tmp_path / "arrow", "--overwrite", "true").code == 0
     assert (tmp_path / "arrow" / "food101_val.arrow").read_bytes() == before
     assert mm_data("check", "--data", "food101", "--data.root", tmp_path / "arrow").code == 0
-    failed(mm_data("convert", "--data", "food101", "--data.root", tmp_path / "arrow", "--out", tmp_path / "x"),
+    one_error(mm_data("convert", "--data", "food101", "--data.root", tmp_path / "arrow", "--out", tmp_path / "x"),
            "holds Arrow files already")  # fmt: skip
     (raw / "images" / "test" / "apple_pie" / "apple_pie_100.jpg").unlink()
-    failed(mm_data(*convert, "--out", tmp_path / "new"), "apple_pie_100.jpg is missing")
+    one_error(mm_data(*convert, "--out", tmp_path / "new"), "apple_pie_100.jpg is missing")
     assert not (tmp_path / "new" / "food101_test.arrow").exists()
     assert not list((tmp_path / "new").glob(".*"))
 
 
 def test_convert_refuses_own_rows(mm_data, tmp_path):
     path = layouts.write_manifest(tmp_path)
-    failed(mm_data("convert", "--data", path, "--out", tmp_path / "x"), "only mmimdb, food101 and hatememes")
+    one_error(mm_data("convert", "--data", path, "--out", tmp_path / "x"), "only mmimdb, food101 and hatememes")
 
 
 def test_no_torch_for_lists_and_tables(tmp_path):

@@ -1,10 +1,7 @@
 """mm-eval and mm-predict as their users call them, on a run of the built-in world."""
 
 import json
-import os
 import shutil
-import sys
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -17,40 +14,19 @@ from missing_modal.job import Job
 from missing_modal.metrics import probabilities
 from missing_modal.report import read_report
 from polymodal.errors import UserError
-
-
-@dataclass
-class Result:
-    code: int
-    out: str
-    err: str
+from polymodal.testing import folder_of, manifest
 
 
 @pytest.fixture
-def call(monkeypatch, capsys, tmp_path):
+def call(call_command, tmp_path):
     """A command in this process; run folders go to ``tmp_path / "runs"``, W&B is off."""
-    monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
-    monkeypatch.delenv("POLYMODAL_SHARED_RUN", raising=False)
 
     def run(name, *arguments):
         command = {"mm-eval": evaluate_command.main, "mm-predict": predict_command.main}[name]
         more = ["--log.wandb", "off", "--out", tmp_path / "runs"] if name == "mm-eval" else []
-        monkeypatch.setattr(sys, "argv", [name, *map(str, [*arguments, *more])])
-        capsys.readouterr()
-        code = command()
-        captured = capsys.readouterr()
-        return Result(code, captured.out, captured.err)
+        return call_command(command, name, *arguments, *more)
 
     return run
-
-
-def newest(tmp_path):
-    (folder,) = (tmp_path / "runs" / "missing_modal").iterdir()
-    return folder
-
-
-def manifest(folder):
-    return json.loads((folder / "manifest.json").read_text())
 
 
 # ------------------------------------------------------------------ mm-eval
@@ -59,7 +35,7 @@ def manifest(folder):
 def test_the_test_split_is_scored_as_after_training(call, mm_run, tmp_path):
     result = call("mm-eval", mm_run)
     assert result.code == 0, result.err
-    folder = newest(tmp_path)
+    folder = folder_of(tmp_path)
     before, after = manifest(mm_run)["metrics"], manifest(folder)["metrics"]
     shared = {name for name in before if name.startswith("test/")}
     assert {"test/accuracy", "test/nll/complete"} <= shared <= set(after)
@@ -75,25 +51,25 @@ def test_the_test_split_is_scored_as_after_training(call, mm_run, tmp_path):
 
 def test_every_prediction_is_written_with_its_truth(call, mm_run, tmp_path):
     assert call("mm-eval", mm_run).code == 0
-    rows = [json.loads(line) for line in (newest(tmp_path) / "predictions.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder_of(tmp_path) / "predictions.jsonl").read_text().splitlines()]
     assert len(rows) == 128
     right = np.mean([row["predicted"] == [row["label"]] for row in rows])
-    assert right == pytest.approx(manifest(newest(tmp_path))["metrics"]["test/accuracy"], abs=1e-9)
+    assert right == pytest.approx(manifest(folder_of(tmp_path))["metrics"]["test/accuracy"], abs=1e-9)
     assert all(sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5) for row in rows)
 
 
 def test_another_split_under_another_table(call, mm_run, tmp_path):
     result = call("mm-eval", mm_run, "--split", "val", "--missing.kind", "text", "--missing.ratio", "1.0")
     assert result.code == 0, result.err
-    report = read_report(newest(tmp_path))
+    report = read_report(folder_of(tmp_path))
     assert [(row.pattern, row.samples) for row in report.rows] == [("all", 96), ("image", 96)]
     assert report.missing == "text, 100 % of the rows"
-    assert "val/accuracy" in manifest(newest(tmp_path))["metrics"]
+    assert "val/accuracy" in manifest(folder_of(tmp_path))["metrics"]
 
 
 def test_an_exported_file_scores_as_its_run(call, mm_run, tmp_path):
     assert call("mm-eval", mm_run / "export" / "trainable.safetensors").code == 0
-    after, before = manifest(newest(tmp_path))["metrics"], manifest(mm_run)["metrics"]
+    after, before = manifest(folder_of(tmp_path))["metrics"], manifest(mm_run)["metrics"]
     for name in ("test/accuracy", "test/nll", "test/auroc"):
         assert after[name] == pytest.approx(before[name], abs=1e-6)
     assert "fitted on 96 validation samples" in call("mm-eval", mm_run / "export" / "baked.safetensors").out

@@ -1,9 +1,6 @@
 """mm-matrix as its users call it: a small grid from end to end, resumed, looked up anew, on given runs."""
 
 import json
-import os
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,40 +8,15 @@ import pytest
 from missing_modal import evaluate as evaluate_command
 from missing_modal import matrix_command
 from missing_modal.matrix import LogitCache
+from polymodal.testing import QUIET, manifest
 
-QUICK = [
-    "--trainer.max_epochs",
-    "1",
-    "--trainer.progress",
-    "none",
-    "--log.wandb",
-    "off",
-    "--loader.eval_batch_size",
-    "50",
-]
-
-
-@dataclass
-class Result:
-    code: int
-    out: str
-    err: str
+QUICK = [*QUIET, "--trainer.max_epochs", "1", "--loader.eval_batch_size", "50"]
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
+def call(call_command):
     """A command in this process, W&B off."""
-    monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
-
-    def run(*arguments, main=matrix_command.main, name="mm-matrix"):
-        monkeypatch.delenv("POLYMODAL_SHARED_RUN", raising=False)
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        capsys.readouterr()
-        code = main()
-        captured = capsys.readouterr()
-        return Result(code, captured.out, captured.err)
-
-    return run
+    return lambda *arguments, main=matrix_command.main, name="mm-matrix": call_command(main, name, *arguments)
 
 
 @pytest.fixture
@@ -94,7 +66,7 @@ def test_a_cell_is_what_mm_eval_says(call, grid, tmp_path):
     result = call(run, *options, "--out", tmp_path / "evals", main=evaluate_command.main, name="mm-eval")
     assert result.code == 0, result.err
     (made,) = (tmp_path / "evals" / "missing_modal").iterdir()
-    metrics = json.loads((made / "manifest.json").read_text())["metrics"]
+    metrics = manifest(made)["metrics"]
     held = record["cells"]
     (place,) = [
         i for i in range(len(held["kind"])) if (held["kind"][i], held["ratio"][i], held["seed"][i]) == ("text", 0.7, 1)
@@ -138,12 +110,12 @@ def test_an_interrupted_training_goes_on_in_its_folder(call, grid, tmp_path, mon
     assert result.code == 130
     assert "the same command goes on where it stopped" in result.err
     (half,) = models(tmp_path / "matrix")
-    assert json.loads((half / "manifest.json").read_text())["status"] == "interrupted"
+    assert manifest(half)["status"] == "interrupted"
     result = call(*grid)
     assert result.code == 0, result.err
     assert half in models(tmp_path / "matrix")
     assert len(models(tmp_path / "matrix")) == 2
-    assert json.loads((half / "manifest.json").read_text())["status"] == "finished"
+    assert manifest(half)["status"] == "finished"
 
 
 def test_runs_that_were_trained_before(call, mm_run, tmp_path, complains):

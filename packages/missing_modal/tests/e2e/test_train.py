@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -27,22 +24,9 @@ from missing_modal.report import read_report
 from missing_modal.tables import load_table
 from missing_modal.train import EXAMPLE
 from polymodal.callbacks import load_checkpoint
+from polymodal.testing import folder_of, manifest, metric_rows, run_script
 
 SMALL_OPTIONS = ["--trainer.max_epochs", "1", "--loader.batch_size", "64"]
-
-
-def rows(folder: Path) -> list[dict[str, str]]:
-    with (folder / "metrics.csv").open() as handle:
-        return list(csv.DictReader(handle))
-
-
-def manifest(folder: Path) -> dict:
-    return json.loads((folder / "manifest.json").read_text())
-
-
-def only(tmp_path: Path) -> Path:
-    (folder,) = (tmp_path / "runs" / "missing_modal").iterdir()
-    return folder
 
 
 # ------------------------------------------------------------------ the run folder
@@ -116,7 +100,7 @@ def test_checkpoints_hold_no_encoder_and_name_it(mm_run: Path) -> None:
 
 
 def test_rows_of_metrics(mm_run: Path) -> None:
-    found = rows(mm_run)
+    found = metric_rows(mm_run)
     keys = [(row["step"], row["name"]) for row in found]
     assert len(keys) == len(set(keys)), "each value is written once"
     names = {row["name"] for row in found}
@@ -142,9 +126,9 @@ def test_encoders_are_bit_for_bit_the_same_after_training(mm_train, small, tmp_p
     result = mm_train(*small, *SMALL_OPTIONS, "--method_options.train_out", "true")
     assert result.code == 0, result.err
     (job,) = met
-    stored, _ = read_towers(only(tmp_path) / "towers.safetensors")
+    stored, _ = read_towers(folder_of(tmp_path) / "towers.safetensors")
     assert [state_hash(tower) for tower in job.towers] == [state_hash(tower) for tower in stored]
-    named = manifest(only(tmp_path))["backbone"]
+    named = manifest(folder_of(tmp_path))["backbone"]
     assert {tower.spec.name: state_hash(tower) for tower in stored} == {k: one["sha256"] for k, one in named.items()}
 
 
@@ -162,7 +146,7 @@ def test_a_changed_encoder_ends_the_run(mm_train, small, tmp_path, monkeypatch) 
     result = mm_train(*small, *SMALL_OPTIONS)
     assert result.code == 1
     assert "the frozen encoder of image changed" in result.err
-    assert manifest(only(tmp_path))["status"] == "failed"
+    assert manifest(folder_of(tmp_path))["status"] == "failed"
 
 
 # ------------------------------------------------------------------ methods and settings
@@ -172,7 +156,7 @@ def test_a_changed_encoder_ends_the_run(mm_train, small, tmp_path, monkeypatch) 
 def test_every_method_trains_from_end_to_end(mm_train, small, tmp_path: Path, method: str) -> None:
     result = mm_train(*small, *SMALL_OPTIONS, "--method", method)
     assert result.code == 0, result.err
-    folder = only(tmp_path)
+    folder = folder_of(tmp_path)
     assert manifest(folder)["method"] == method
     assert all(np.isfinite(value) for value in manifest(folder)["metrics"].values())
     assert re.search(r"\| complete +\| +39 \|", result.out)
@@ -197,7 +181,7 @@ SETTINGS = {
 def test_every_setting_trains(mm_train, small, tmp_path: Path, options: list[str]) -> None:
     result = mm_train(*small, *SMALL_OPTIONS, *options)
     assert result.code == 0, result.err
-    facts = manifest(only(tmp_path))
+    facts = manifest(folder_of(tmp_path))
     assert facts["status"] == "finished"
     if options == SETTINGS["image"]:
         assert facts["data"]["patterns"]["train"] == {"complete": 96, "text": 96}
@@ -207,10 +191,10 @@ def test_every_setting_trains(mm_train, small, tmp_path: Path, options: list[str
         }  # fmt: skip
         assert facts["data"]["patterns"]["test"] == {"complete": 90, "image": 38}
     if options == SETTINGS["none"]:
-        assert [row.pattern for row in read_report(only(tmp_path)).rows] == ["all", "complete"]
+        assert [row.pattern for row in read_report(folder_of(tmp_path)).rows] == ["all", "complete"]
     if options == SETTINGS["no calibration"]:
         assert "calibration: none" in result.out
-        assert not (only(tmp_path) / "calibration.json").exists()
+        assert not (folder_of(tmp_path) / "calibration.json").exists()
 
 
 def test_a_users_own_rows_with_real_nulls(mm_train, tmp_path: Path) -> None:
@@ -230,7 +214,7 @@ def test_a_users_own_rows_with_real_nulls(mm_train, tmp_path: Path) -> None:
         "--loader.batch_size", "16", "--trainer.accumulate", "1",
     )  # fmt: skip
     assert result.code == 0, result.err
-    folder = only(tmp_path)
+    folder = folder_of(tmp_path)
     patterns = manifest(folder)["data"]["patterns"]
     assert {name for counts in patterns.values() for name in counts} == {"complete", "text", "tabular"}
     assert sum(sum(counts.values()) for counts in patterns.values()) == 120
@@ -277,7 +261,7 @@ def test_vilt_with_its_own_method_and_no_other(mm_train, complains, tmp_path: Pa
     options += ["--loader.num_workers", "0"]
     result = mm_train(*options, "--method", "mmp_vilt", "--method_options", "{length: 4, depth: 2}")
     assert result.code == 0, result.err
-    folder = only(tmp_path)
+    folder = folder_of(tmp_path)
     stored = load_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"]
     assert {name.split(".")[1] for name in stored} == {"prompter", "head", "pooler"}
     _exports_hold_what_was_trained(folder)
@@ -306,7 +290,7 @@ def test_three_modalities_of_which_any_may_be_missing(mm_train, tmp_path: Path) 
         "--missing.kind", "any", "--missing.ratio", "0.6", "--trainer.max_epochs", "1", "--loader.batch_size", "8",
     )  # fmt: skip
     assert result.code == 0, result.err
-    facts = manifest(only(tmp_path))
+    facts = manifest(folder_of(tmp_path))
     pairs = {"text+audio", "text+tabular", "audio+tabular"}
     for split, rows_of_split in (("train", 36), ("val", 12), ("test", 12)):
         counts = facts["data"]["patterns"][split]
@@ -314,22 +298,19 @@ def test_three_modalities_of_which_any_may_be_missing(mm_train, tmp_path: Path) 
         assert counts["complete"] == rows_of_split - int(0.6 * rows_of_split)
         assert sum(counts.values()) == rows_of_split
     assert set(facts["backbone"]) == {"text", "audio", "tabular"}
-    assert (only(tmp_path) / "towers.safetensors").is_file()
+    assert (folder_of(tmp_path) / "towers.safetensors").is_file()
 
 
 # ------------------------------------------------------------------ what it says about itself
 
 
-def test_the_console_script_ends_in_a_table_and_logs_to_wandb_offline(cache: Path, small, tmp_path: Path) -> None:
-    keep = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+def test_the_console_script_ends_in_a_table_and_logs_to_wandb_offline(
+    cache_folder: Path, small, tmp_path: Path
+) -> None:
     program = [sys.executable, "-c", "import sys; from missing_modal.train import main; sys.exit(main())"]
-    keep |= {"HOME": str(tmp_path / "absent"), "POLYMODAL_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*program, *small, *SMALL_OPTIONS], cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-        timeout=300, env=keep,
-    )  # fmt: skip
+    done = run_script([*program, *small, *SMALL_OPTIONS], tmp_path, POLYMODAL_CACHE=str(cache_folder))
     assert done.returncode == 0, done.stderr
-    folder = only(tmp_path)
+    folder = folder_of(tmp_path)
     assert f"run folder  runs/missing_modal/{folder.name}" in done.stdout
     assert re.search(r"\| text +\| +44 \|", done.stdout)
     assert re.search(r"^calibration: ece .* -> .* %, nll .* fitted on 96 validation samples\)$", done.stdout, re.M)
@@ -343,7 +324,7 @@ def test_the_default_run_uses_the_text_to_read_the_image(mm_train, tmp_path: Pat
     """Figures of the specification, 8: both 70, then its complete, image-only and text-only rows."""
     result = mm_train()
     assert result.code == 0, result.err
-    report = read_report(only(tmp_path))
+    report = read_report(folder_of(tmp_path))
     found = {row.pattern: row.scores["accuracy"] for row in report.rows}
     assert found["all"] > 0.80
     assert found["complete"] > 0.92
@@ -355,8 +336,8 @@ def test_the_default_run_uses_the_text_to_read_the_image(mm_train, tmp_path: Pat
 def test_a_stored_configuration_repeats_its_run_bit_for_bit(mm_train, mm_run: Path, tmp_path: Path) -> None:
     result = mm_train("--config", mm_run)
     assert result.code == 0, result.err
-    assert manifest(only(tmp_path))["metrics"] == manifest(mm_run)["metrics"]
-    left, right = (load_checkpoint(folder / "checkpoints" / "last.ckpt") for folder in (mm_run, only(tmp_path)))
+    assert manifest(folder_of(tmp_path))["metrics"] == manifest(mm_run)["metrics"]
+    left, right = (load_checkpoint(folder / "checkpoints" / "last.ckpt") for folder in (mm_run, folder_of(tmp_path)))
     assert all(torch.equal(value, right["state_dict"][name]) for name, value in left["state_dict"].items())
 
 
@@ -365,8 +346,8 @@ def test_a_finished_run_is_tested_again(mm_train, mm_run: Path, tmp_path: Path) 
     result = mm_train("--resume", folder)
     assert result.code == 0, result.err
     assert manifest(folder)["metrics"] == manifest(mm_run)["metrics"]
-    assert [row for row in rows(folder) if "perf" not in row["name"]] == [
-        row for row in rows(mm_run) if "perf" not in row["name"]
+    assert [row for row in metric_rows(folder) if "perf" not in row["name"]] == [
+        row for row in metric_rows(mm_run) if "perf" not in row["name"]
     ]
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
-import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -15,39 +12,16 @@ import torch
 from missing_modal import job, train
 from missing_modal.module import MMModule
 from polymodal.callbacks import load_checkpoint
-from polymodal.forked import run_forked
-from polymodal.logs import CsvLog
+from polymodal.forked import Patch, at_call, die, half_a_row, interrupt, run_forked
+from polymodal.testing import assert_same_results, folder_of, manifest
 
 OPTIONS = ["--config", "world", "--trainer.max_epochs", "3", "--loader.batch_size", "48", "--log.wandb", "off"]
 OPTIONS += ["--trainer.progress", "none", "--trainer.log_every_steps", "1"]
-Patch = Callable[[], None]
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def interrupt() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
 
 
 def mm_train(out: Path, *arguments: object, patch: Patch = lambda: None) -> tuple[int, str]:
     """The command in a forked process that ``patch`` prepares; exit code (negative: signal) and stderr."""
-    return run_forked(train.main, ["mm-train", *map(str, arguments)], out, patch)
-
-
-def folder_of(out: Path) -> Path:
-    (found,) = (out / "runs" / "missing_modal").glob("*/")
-    return found
-
-
-def manifest(run: Path) -> dict:
-    return json.loads((run / "manifest.json").read_text())
-
-
-def rows(run: Path) -> list[list[str]]:
-    with (run / "metrics.csv").open() as handle:
-        return [row for row in csv.reader(handle) if not row[2].startswith("perf/")]
+    return run_forked(train.main, ["mm-train", *arguments], out, patch)
 
 
 def contents(run: Path) -> dict[str, bytes]:
@@ -58,9 +32,7 @@ def contents(run: Path) -> dict[str, bytes]:
 
 
 def same(whole: Path, killed: Path) -> None:
-    assert manifest(killed)["status"] == "finished"
-    assert manifest(killed)["metrics"] == manifest(whole)["metrics"]
-    assert rows(killed) == rows(whole)
+    assert_same_results(whole, killed)
     left, right = contents(whole), contents(killed)
     assert left.keys() == right.keys()
     assert [name for name in left if left[name] != right[name]] == []
@@ -71,10 +43,10 @@ def same(whole: Path, killed: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(cache, small, tmp_path_factory) -> Path:
+def whole(cache_folder, small, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("POLYMODAL_CACHE", str(cache))
+        patch.setenv("POLYMODAL_CACHE", str(cache_folder))
         code, error = mm_train(out, *OPTIONS, *small)
     assert code == 0, error
     return folder_of(out)
@@ -85,62 +57,18 @@ def whole(cache, small, tmp_path_factory) -> Path:
 
 def at_loss(number: int, happen: Callable[[], None] = die) -> Patch:
     """In the middle of an optimizer step, counted from 1; an epoch has four."""
-
-    def patch() -> None:
-        original, calls = MMModule.loss, [0]
-
-        def loss(self, batch, generator):
-            result = original(self, batch, generator)
-            calls[0] += 1
-            if calls[0] == number:
-                happen()
-            return result
-
-        MMModule.loss = loss
-
-    return patch
-
-
-def at_method(cls: type, name: str, number: int = 1, happen: Callable[[], None] = die) -> Patch:
-    """When a method is called for the so-manieth time."""
-
-    def patch() -> None:
-        original, calls = getattr(cls, name), [0]
-
-        def function(self, *arguments, **options):
-            calls[0] += 1
-            if calls[0] == number:
-                happen()
-            return original(self, *arguments, **options)
-
-        setattr(cls, name, function)
-
-    return patch
-
-
-def in_a_row_of_metrics() -> None:
-    """A line of metrics.csv is half written."""
-    original = CsvLog.log_metrics
-
-    def log_metrics(self, metrics, step=None):
-        if step == 7 and "train/loss" in metrics:
-            with self.path.open("a") as handle:
-                handle.write("7,1,train/lo")
-            die()
-        original(self, metrics, step)
-
-    CsvLog.log_metrics = log_metrics
+    return at_call(MMModule, "loss", number, happen, after=True)
 
 
 MOMENTS: dict[str, Patch] = {
     "first batch": at_loss(1),
     "middle of the second epoch": at_loss(6),
     "last batch": at_loss(12),
-    "validation": at_method(MMModule, "validation_step", 2),
-    "trained, not calibrated": at_method(job.Job, "calibrate"),
-    "test": at_method(MMModule, "test_step"),
-    "tested, not exported": at_method(job.Job, "_write_exports"),
-    "half a row of metrics": in_a_row_of_metrics,
+    "validation": at_call(MMModule, "validation_step", 2),
+    "trained, not calibrated": at_call(job.Job, "calibrate"),
+    "test": at_call(MMModule, "test_step"),
+    "tested, not exported": at_call(job.Job, "_write_exports"),
+    "half a row of metrics": half_a_row(7, 1),
 }
 FAST = {("middle of the second epoch", 1), ("validation", 0), ("trained, not calibrated", 0)}
 CASES = [
@@ -169,7 +97,7 @@ def test_killed_and_resumed(whole: Path, small, tmp_path: Path, moment: str, eve
 
 @pytest.mark.slow
 def test_killed_again_and_again(whole: Path, small, tmp_path: Path) -> None:
-    patches = [at_loss(3), at_loss(6), at_method(MMModule, "validation_step", 1), at_method(job.Job, "calibrate")]
+    patches = [at_loss(3), at_loss(6), at_call(MMModule, "validation_step", 1), at_call(job.Job, "calibrate")]
     assert mm_train(tmp_path, *OPTIONS, *small, patch=patches[0])[0] == -signal.SIGKILL
     for patch in patches[1:]:
         code, error = mm_train(tmp_path, *OPTIONS, *small, "--resume", "auto", patch=patch)
@@ -219,7 +147,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(whole: Path, small, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_ctrl_c_while_temperatures_are_fitted(whole: Path, small, tmp_path: Path) -> None:
-    code, error = mm_train(tmp_path, *OPTIONS, *small, patch=at_method(job.Job, "calibrate", 1, interrupt))
+    code, error = mm_train(tmp_path, *OPTIONS, *small, patch=at_call(job.Job, "calibrate", 1, interrupt))
     stopped = folder_of(tmp_path)
     assert code == 130, error
     assert f"--resume {stopped}" in error
