@@ -101,6 +101,40 @@ def test_prefix_search_finds_what_generate_finds(bench):
     assert inputs.prefix_search(model, states, mask, vocab, beams=3, tokens=5) == found
 
 
+def test_the_plain_loop_has_the_logits_and_gradients_of_the_classifier(bench):
+    import torch
+
+    inputs = importlib.import_module("benchmarks._mm_inputs")
+    towers = [tower.to("cpu", torch.float64) for tower in inputs.two_towers(inputs.SMALL)]
+    model = inputs.classifier(inputs.SMALL, towers).double()
+    batch = inputs.draw_batch(inputs.SMALL, longest=8)
+    assert sorted(batch.masks) == [1, 1, 2, 2, 3, 3]
+    found = {}
+    for together in (None, True, False):
+        logits = model(batch) if together is None else inputs.plain_logits(model, batch, together)
+        model.zero_grad(set_to_none=True)
+        torch.nn.functional.cross_entropy(logits, batch.labels).backward()
+        gradients = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+        found[together] = logits.detach(), gradients
+    logits, gradients = found[None]
+    for other, theirs in (found[True], found[False]):
+        torch.testing.assert_close(other, logits, atol=1e-12, rtol=0)
+        assert theirs.keys() == gradients.keys()
+        for name, value in theirs.items():
+            torch.testing.assert_close(value, gradients[name], atol=1e-12, rtol=0, msg=name)
+    changed = {"ours": lambda: logits, "other": lambda: logits + 2e-5}
+    with pytest.raises(RuntimeError, match="other: logits differ by 2e-05"):
+        inputs.require_same(changed)
+
+
+def test_multiply_adds_of_towers_are_those_counted_by_hand(bench):
+    inputs = importlib.import_module("benchmarks._mm_inputs")
+    shape = inputs.Shape(widths=(2, 3), blocks=5, side=4, patch=2, length=6)
+    image, text = (5 * (12 * d * d * rows + 2 * rows * rows * d) for d, rows in ((2, 6 + 5), (3, 6 + 4)))
+    assert inputs.macs(shape, [7, 1], 4) == 7 * image + text
+    assert inputs.macs(shape, [0, 2], 4) == 2 * text
+
+
 def test_drawn_pictures_are_read_in_the_layouts_and_each_class_is_one_region(bench, monkeypatch):
     from css.data.ade import ADE20K
     from css.data.voc import VOC
@@ -134,6 +168,7 @@ def test_drawn_pictures_are_read_in_the_layouts_and_each_class_is_one_region(ben
         ("fedcore", ["serial", "batched", "methods"]),
         ("fedcore_lora", ["aggregate", "large", "rounds"]),
         ("fedcore_privacy", ["rounds", "noise"]),
+        ("missing_modal", ["loop", "skip", "tables", "cut", "frozen", "matrix", "gpu"]),
     ],
 )
 def test_sections_run_in_tiny_sizes(bench, script, sections, tmp_path, monkeypatch):
@@ -160,7 +195,8 @@ def run_script(script, *arguments, cwd):
 
 
 @pytest.mark.parametrize(
-    "script", ["shared.py", "slt.py", "css.py", "fedcore.py", "fedcore_lora.py", "fedcore_privacy.py"]
+    "script",
+    ["shared.py", "slt.py", "css.py", "fedcore.py", "fedcore_lora.py", "fedcore_privacy.py", "missing_modal.py"],
 )
 def test_scripts_start_from_any_folder(script, tmp_path):
     done = run_script(script, "--help", cwd=tmp_path)
@@ -184,3 +220,11 @@ def test_workers_and_processes_run_in_tiny_sizes(tmp_path):
         rows = json.loads((tmp_path / f"css_{name}.json").read_text())["rows"]
         assert len(rows) == count
         assert all(row["ours"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_memory_of_a_prompt_step_runs_in_tiny_sizes(tmp_path):
+    done = run_script("missing_modal.py", "memory", "--quick", "--out", tmp_path, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "missing_modal_memory.json").read_text())["rows"]
+    assert [0 < row["ratio"] < 1 for row in rows] == [True, True]
