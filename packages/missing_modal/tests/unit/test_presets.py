@@ -38,6 +38,7 @@ def test_published_settings(name, metric):
     assert (config.missing.kind, config.missing.ratio) == ("both", 0.7)
     assert config.loader.batch_size * config.trainer.accumulate == 256
     assert (config.trainer.max_epochs, config.trainer.clip_grad) == (20, 0)
+    assert config.trainer.extra == {"val_check_interval": 0.11 if name == "hatememes" else 0.2}
     optim = config.optim
     assert (optim.lr, optim.lr_out, optim.weight_decay, optim.warmup) == (1e-2, 1e-2, 2e-2, 0.1)
     assert (tuple(optim.betas), optim.eps) == ((0.9, 0.98), 1e-8)
