@@ -152,9 +152,10 @@ def translate_split(
     Returns:
         Name -> translation by clip id.
     """
+    from polymodal.progress import progress_line
+
     from slt.data.datamodule import SLTDataModule
     from slt.probes import translate_variants
-    from slt.progress import progress_line
     from slt.train import cached_reader
 
     loader = dataclasses.replace(loader, cache_frames=False)  # every clip is read once
