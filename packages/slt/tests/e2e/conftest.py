@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -14,7 +13,9 @@ import pytest
 import torch
 from polymodal.cli import parse_config
 from polymodal.config import to_yaml
+from polymodal.testing import QUIET, Result, as_command, folder_of
 from slt import evaluate, translate
+from slt import train as train_command
 from slt.data import READERS
 from slt.settings import SLTConfig
 from slt.train import build_module, make_tokenizer, train
@@ -23,26 +24,9 @@ from slt.train import build_module, make_tokenizer, train
 LIVELY = ["--model.init_std", "0.125", "--model.position_std", "0.5", "--model.scale_embedding", "true"]
 
 
-@dataclass
-class Result:
-    """What a command did."""
-
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("POLYMODAL_CACHE", str(tmp_path_factory.getbasetemp() / "slt-cache"))
+def surroundings(one_thread, use_cache) -> None:
+    """Of every test here: one thread, one cache folder."""
 
 
 @pytest.fixture(scope="session")
@@ -66,22 +50,19 @@ def settings(world) -> Callable[..., SLTConfig]:
 
     def parse(*options: str) -> SLTConfig:
         arguments = ["--config", "smoke", "--data.sizes", "[12, 6, 6]", "--data.root", str(world), "--stage", "2"]
-        arguments += [*LIVELY, "--log.wandb", "off", "--trainer.progress", "none", *options]
+        arguments += [*LIVELY, *QUIET, *options]
         return parse_config(SLTConfig, arguments, presets="slt", choices={"data": READERS})
 
     return parse
 
 
 @pytest.fixture(scope="session")
-def trained_run(settings, tmp_path_factory) -> Path:
+def trained_run(cache_folder, settings, tmp_path_factory) -> Path:
     """Run folder of a model trained for one epoch, with its question-only probe."""
     out = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["slt-train"])
-        patch.setattr(sys, "stdout", open("/dev/null", "w"))  # noqa: PTH123
-        train(settings("--out", str(out), "--seed", "3"))
-    (folder,) = (out / "slt").iterdir()
-    return folder
+    with as_command("slt-train", POLYMODAL_CACHE=str(cache_folder)):
+        train(settings("--out", str(out / "runs"), "--seed", "3"))
+    return folder_of(out)
 
 
 @pytest.fixture
@@ -106,42 +87,19 @@ def untrained_run(tmp_path) -> Callable[[SLTConfig], Path]:
     return make
 
 
-def _caller(main, name, monkeypatch, capsys) -> Callable[..., Result]:
-    def call(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        capsys.readouterr()
-        code = main()
-        captured = capsys.readouterr()
-        return Result(code, captured.out, captured.err)
-
-    return call
+@pytest.fixture
+def slt_train(call_training) -> Callable[..., Result]:
+    """``slt-train`` in this process; runs go to ``tmp_path / "runs"``, W&B is off."""
+    return partial(call_training, train_command.main, "slt-train")
 
 
 @pytest.fixture
-def slt_eval(monkeypatch, capsys, tmp_path) -> Callable[..., Result]:
+def slt_eval(call_command, tmp_path) -> Callable[..., Result]:
     """``slt-eval`` in this process; runs go to ``tmp_path / "out"``, W&B is off."""
-    call = _caller(evaluate.main, "slt-eval", monkeypatch, capsys)
-    return lambda *arguments: call("--out", tmp_path / "out", "--log.wandb", "off", *arguments)
+    return partial(call_command, evaluate.main, "slt-eval", "--out", tmp_path / "out", "--log.wandb", "off")
 
 
 @pytest.fixture
-def slt_translate(monkeypatch, capsys) -> Callable[..., Result]:
+def slt_translate(call_command) -> Callable[..., Result]:
     """``slt-translate`` in this process."""
-    return _caller(translate.main, "slt-translate", monkeypatch, capsys)
-
-
-@pytest.fixture
-def complains() -> Callable[..., str]:
-    """Asserts exit code 2 and one line of error with all the given parts; returns the line."""
-
-    def check(result: Result, *parts: str) -> str:
-        assert result.code == 2, result
-        assert "Traceback" not in result.err
-        lines = [line for line in result.err.splitlines() if ": error: " in line]
-        assert len(lines) == 1, result.err
-        assert result.err.rstrip().endswith(lines[0])
-        for part in parts:
-            assert part in lines[0], (part, lines[0])
-        return lines[0]
-
-    return check
+    return partial(call_command, translate.main, "slt-translate")

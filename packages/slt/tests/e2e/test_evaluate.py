@@ -14,6 +14,7 @@ import pytest
 import sacrebleu
 import torch
 import yaml
+from polymodal.testing import manifest
 from slt.checkpoint import load_trained, locate, read_run_config
 from slt.data.cache import build_frame_cache
 from slt.data.synthetic import Synthetic
@@ -27,10 +28,6 @@ def run_of(result) -> Path:
     """The run folder that a command named at its end."""
     (line,) = [line for line in result.out.splitlines() if line.startswith("run folder")]
     return Path(line.split(maxsplit=2)[2])
-
-
-def manifest(folder: Path) -> dict:
-    return json.loads((folder / "manifest.json").read_text())
 
 
 def predictions(folder: Path, name: str) -> dict[str, str]:

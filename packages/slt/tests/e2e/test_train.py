@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from polymodal.testing import rows
 
 PROGRAM = Path(sys.executable).parent / "slt-train"
 
@@ -34,11 +34,6 @@ def run(folder: Path, *arguments: str) -> tuple[int, str, str]:
 
 def newest(folder: Path) -> Path:
     return sorted((folder / "runs" / "slt").glob("*/"))[-1]
-
-
-def rows(folder: Path) -> list[list[str]]:
-    with (folder / "metrics.csv").open() as handle:
-        return [r for r in csv.reader(handle) if not r[2].startswith("perf/")]
 
 
 def test_smoke_run_leaves_what_is_promised(tmp_path: Path) -> None:

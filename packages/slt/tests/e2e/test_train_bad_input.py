@@ -14,40 +14,9 @@ from types import ModuleType
 import pytest
 import torch
 from polymodal.callbacks import load_checkpoint
-from slt import train
+from polymodal.testing import Result, folder_of, manifest, one_error
 
 SMALL = ["--config", "smoke", "--stage", "2", "--data.sizes", "[6, 3, 3]", "--audit.question_only", "false"]
-QUIET = ["--log.wandb", "off", "--trainer.progress", "none"]
-
-
-@pytest.fixture
-def slt_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """The command in this process: exit code and the lines on stderr that are not notes."""
-    monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))  # put back after the command
-    monkeypatch.delenv("POLYMODAL_SHARED_RUN", raising=False)
-    threads = torch.get_num_threads()
-
-    def call(*arguments: object) -> tuple[int, list[str]]:
-        capsys.readouterr()
-        out = [] if "--out" in arguments else ["--out", tmp_path / "runs"]
-        monkeypatch.setattr(sys, "argv", ["slt-train", *map(str, [*arguments, *QUIET, *out])])
-        code = train.main()
-        lines = capsys.readouterr().err.strip().splitlines()
-        errors = [line for line in lines if line.startswith(("slt-train: error: ", "slt-train: failed: "))]
-        assert lines[-1:] == errors[-1:] or not errors
-        assert not any("Traceback" in line for line in lines)
-        return code, errors
-
-    yield call
-    torch.set_num_threads(threads)
-
-
-def only_line(result: tuple[int, list[str]]) -> str:
-    code, lines = result
-    assert code == 2, lines
-    assert len(lines) == 1
-    assert lines[0].startswith("slt-train: error: ")
-    return lines[0]
 
 
 @pytest.mark.parametrize(
@@ -90,22 +59,22 @@ def only_line(result: tuple[int, list[str]]) -> str:
     ],
 )
 def test_options(slt_train, options: list[str], words: str) -> None:
-    assert words in only_line(slt_train(*SMALL, *options))
+    one_error(slt_train(*SMALL, *options), "slt-train: error: ", words)
 
 
 def test_a_preset_that_does_not_exist(slt_train) -> None:
-    line = only_line(slt_train(*SMALL, "--config", "nothing"))
+    line = one_error(slt_train(*SMALL, "--config", "nothing"))
     assert "presets:" in line
     assert "synthetic" in line
 
 
 def test_a_checkpoint_of_another_vocabulary(slt_train, tmp_path: Path) -> None:
     options = ["--config", "smoke", "--data.sizes", "[8, 3, 3]"]
-    assert slt_train(*options, "--stage", "1")[0] == 0
-    (stage1,) = (tmp_path / "runs" / "slt").glob("*/")
+    assert slt_train(*options, "--stage", "1").code == 0
+    stage1 = folder_of(tmp_path)
     options += ["--stage", "2", "--stage1_checkpoint", stage1, "--audit.enabled", "false"]
-    assert slt_train(*options)[0] == 0
-    assert "vocabulary" in only_line(slt_train(*options, "--tokenizer.kind", "char"))
+    assert slt_train(*options).code == 0
+    assert "vocabulary" in one_error(slt_train(*options, "--tokenizer.kind", "char"))
 
 
 def test_a_configuration_file_with_mistakes(slt_train, tmp_path: Path) -> None:
@@ -115,7 +84,7 @@ def test_a_configuration_file_with_mistakes(slt_train, tmp_path: Path) -> None:
         ("data: phoenx2014t\n", "did you mean phoenix2014t"),
     ):
         (tmp_path / "own.yaml").write_text(text)
-        assert words in only_line(slt_train("--config", tmp_path / "own.yaml"))
+        assert words in one_error(slt_train("--config", tmp_path / "own.yaml"))
 
 
 # ------------------------------------------------------------------ data
@@ -127,7 +96,7 @@ def phoenix(tmp_path: Path, layouts: ModuleType) -> Path:
 
 
 @pytest.fixture
-def on_phoenix(slt_train, phoenix: Path) -> Callable[..., tuple[int, list[str]]]:
+def on_phoenix(slt_train, phoenix: Path) -> Callable[..., Result]:
     options = ["--config", "smoke", "--stage", "2", "--data", "phoenix2014t", "--data.root", phoenix]
     return lambda *more: slt_train(*options, "--data.questions", phoenix.parent / "questions", *more)
 
@@ -140,14 +109,14 @@ def test_a_broken_frame_is_named_by_a_worker_too(on_phoenix, phoenix: Path) -> N
     bad = clip(phoenix) / "images0003.png"
     bad.write_bytes(bad.read_bytes()[:60])
     for workers in (0, 1):
-        line = only_line(on_phoenix("--loader.num_workers", workers))
+        line = one_error(on_phoenix("--loader.num_workers", workers))
         assert str(bad) in line
         assert "copy or extract it again" in line
 
 
 def test_a_frame_of_another_size(on_phoenix, phoenix: Path, layouts: ModuleType) -> None:
     layouts.picture(1, (20, 20)).save(clip(phoenix) / "images0004.png")
-    assert "images0004.png is 20x20, the clip's first frame is 32x40" in only_line(on_phoenix())
+    assert "images0004.png is 20x20, the clip's first frame is 32x40" in one_error(on_phoenix())
 
 
 def empty_clip(phoenix: Path) -> None:
@@ -198,24 +167,24 @@ def break_questions(phoenix: Path) -> None:
 )
 def test_bad_data_is_named(on_phoenix, phoenix: Path, spoil: Callable[[Path], None], words: list[str]) -> None:
     spoil(phoenix)
-    line = only_line(on_phoenix())
+    line = one_error(on_phoenix())
     for word in words:
         assert word in line
 
 
 def test_a_frame_lost_after_indexing(on_phoenix, phoenix: Path) -> None:
-    assert on_phoenix("--dry_run", "true")[0] == 0
+    assert on_phoenix("--dry_run", "true").code == 0
     (clip(phoenix) / "images0016.png").unlink()
-    assert "has 15 frames, 16 when it was indexed; the index was dropped" in only_line(on_phoenix())
-    assert on_phoenix("--dry_run", "true")[0] == 0, "indexed again"
+    assert "has 15 frames, 16 when it was indexed; the index was dropped" in one_error(on_phoenix())
+    assert on_phoenix("--dry_run", "true").code == 0, "indexed again"
 
 
 def test_a_split_without_rows_or_file(on_phoenix, phoenix: Path) -> None:
     path = phoenix / "annotations" / "manual" / "PHOENIX-2014-T.dev.corpus.csv"
     path.write_text(path.read_text().splitlines()[0] + "\n")
-    assert "has no rows" in only_line(on_phoenix())
+    assert "has no rows" in one_error(on_phoenix())
     path.unlink()
-    assert str(path) in only_line(on_phoenix())
+    assert str(path) in one_error(on_phoenix())
 
 
 def test_one_clip_in_two_splits(on_phoenix, phoenix: Path) -> None:
@@ -230,16 +199,16 @@ def test_one_clip_in_two_splits(on_phoenix, phoenix: Path) -> None:
     questions = phoenix.parent / "questions"
     with (questions / "train.jsonl").open("a") as handle:
         handle.write((questions / "dev.jsonl").read_text())
-    line = only_line(on_phoenix())
+    line = one_error(on_phoenix())
     assert "05May_2011_Thursday_tagesschau-3 is in train and dev; a video belongs to one split" in line
 
 
 def test_data_that_changed_since_the_run_started(slt_train, on_phoenix, phoenix: Path, tmp_path: Path) -> None:
-    assert on_phoenix("--trainer.max_steps", "1", "--audit.enabled", "false")[0] == 0
-    (folder,) = (tmp_path / "runs" / "slt").glob("*/")
+    assert on_phoenix("--trainer.max_steps", "1", "--audit.enabled", "false").code == 0
+    folder = folder_of(tmp_path)
     questions = phoenix.parent / "questions" / "train.jsonl"
     questions.write_text(questions.read_text().replace("Wie wird der Montag ?", "Und der Montag ?"))
-    assert "the data changed since that run started" in only_line(slt_train("--resume", folder))
+    assert "the data changed since that run started" in one_error(slt_train("--resume", folder))
 
 
 # ------------------------------------------------------------------ disk
@@ -256,19 +225,19 @@ def test_a_disk_that_fills_up(slt_train, tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(torch, "save", full)
     options = [*SMALL, "--epochs", "3", "--trainer.checkpoint_every_steps", "1", "--loader.batch_size", "2"]
-    line = only_line(slt_train(*options))
+    line = one_error(slt_train(*options))
     assert "disk full while writing" in line
     assert "continue with --resume" in line
-    (folder,) = (tmp_path / "runs" / "slt").glob("*/")
-    assert json.loads((folder / "manifest.json").read_text())["status"] == "failed"
+    folder = folder_of(tmp_path)
+    assert manifest(folder)["status"] == "failed"
     assert load_checkpoint(folder / "checkpoints" / "last.ckpt")["polymodal"]["step"] == 2
-    assert slt_train("--resume", folder)[0] == 0
+    assert slt_train("--resume", folder).code == 0
 
 
 def test_a_cache_folder_that_cannot_be_written(slt_train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("POLYMODAL_CACHE", str(tmp_path / "file"))
-    assert "POLYMODAL_CACHE" in only_line(slt_train(*SMALL, "--data.world_seed", "77"))
+    assert "POLYMODAL_CACHE" in one_error(slt_train(*SMALL, "--data.world_seed", "77"))
 
 
 # ------------------------------------------------------------------ machine

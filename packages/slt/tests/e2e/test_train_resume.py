@@ -2,58 +2,29 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from polymodal.callbacks import Checkpoints, load_checkpoint
-from polymodal.forked import run_forked
-from polymodal.logs import CsvLog
+from polymodal.forked import Patch, at_call, die, half_a_row, interrupt, kill_and_resume, run_forked
+from polymodal.testing import assert_same_results, folder_of, manifest, rows
 from slt import probes, train
 from slt.module import SLTModule
 
 # 16 clips in batches of 4: 4 steps an epoch, steps 1 to 8 in stage 1, 9 to 16 in stage 2.
 OPTIONS = ["--config", "smoke", "--data.sizes", "[16, 4, 4]", "--loader.batch_size", "4", "--stage1_epochs", "2"]
 OPTIONS += ["--epochs", "2", "--log.wandb", "off", "--trainer.progress", "none"]
-Patch = Callable[[], None]
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("POLYMODAL_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 def slt_train(out: Path, *arguments: object, patch: Patch = lambda: None) -> tuple[int, str]:
     """The command in a forked process that ``patch`` prepares; exit code (negative: signal) and stderr."""
-    return run_forked(train.main, ["slt-train", *map(str, arguments)], out, patch)
-
-
-def folder_of(out: Path) -> Path:
-    (folder,) = (out / "runs" / "slt").glob("*/")
-    return folder
-
-
-def manifest(folder: Path) -> dict:
-    return json.loads((folder / "manifest.json").read_text())
-
-
-def rows(folder: Path) -> list[list[str]]:
-    with (folder / "metrics.csv").open() as handle:
-        return [row for row in csv.reader(handle) if not row[2].startswith("perf/")]
+    return run_forked(train.main, ["slt-train", *arguments], out, patch)
 
 
 def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
@@ -61,9 +32,7 @@ def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
 
 
 def same(whole: Path, killed: Path) -> None:
-    assert manifest(killed)["status"] == "finished"
-    assert manifest(killed)["metrics"] == manifest(whole)["metrics"]
-    assert rows(killed) == rows(whole)
+    assert_same_results(whole, killed)
     for name in ("last", "best", "stage1"):
         left, right = weights(whole, name), weights(killed, name)
         assert left.keys() == right.keys()
@@ -73,9 +42,11 @@ def same(whole: Path, killed: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
+def whole(cache_folder, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("whole")
-    code, error = slt_train(out, *OPTIONS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("POLYMODAL_CACHE", str(cache_folder))
+        code, error = slt_train(out, *OPTIONS)
     assert code == 0, error
     folder = folder_of(out)
     steps = [int(row[0]) for row in rows(folder)[1:] if row[2] == "train/loss"]
@@ -84,28 +55,6 @@ def whole(tmp_path_factory) -> Path:
 
 
 # ------------------------------------------------------------------ moments
-
-
-def interrupt() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
-
-
-def at_loss(number: int, happen: Callable[[], None] = die) -> Patch:
-    """In the middle of a training step, counted over both stages."""
-
-    def patch() -> None:
-        original, calls = SLTModule.loss, [0]
-
-        def loss(self, batch, generator):
-            calls[0] += 1
-            result = original(self, batch, generator)
-            if calls[0] == number:
-                happen()
-            return result
-
-        SLTModule.loss = loss
-
-    return patch
 
 
 def between_best_and_last_of_stage_2() -> None:
@@ -137,18 +86,9 @@ def in_the_audit() -> None:
     probes.question_only_predictions = lambda *arguments: die()
 
 
-def in_a_row_of_metrics() -> None:
-    """A line of metrics.csv is half written."""
-    original = CsvLog.log_metrics
-
-    def log_metrics(self, metrics, step=None):
-        if step == 11 and "train/loss" in metrics:
-            with self.path.open("a") as handle:
-                handle.write("11,0,train/lo")
-            die()
-        original(self, metrics, step)
-
-    CsvLog.log_metrics = log_metrics
+def at_loss(number: int, happen: Callable[[], None] = die) -> Patch:
+    """In the middle of a training step, counted over both stages."""
+    return at_call(SLTModule, "loss", number, happen, after=True)
 
 
 MOMENTS: dict[str, Patch] = {
@@ -158,7 +98,7 @@ MOMENTS: dict[str, Patch] = {
     "stage 2, first epoch": at_loss(11),
     "between best and last of stage 2": between_best_and_last_of_stage_2,
     "stage 2, second epoch": at_loss(14),
-    "half a row of metrics": in_a_row_of_metrics,
+    "half a row of metrics": half_a_row(11, 0),
     "test": in_the_test,
     "audit": in_the_audit,
 }
@@ -293,19 +233,7 @@ def test_two_processes_share_one_run(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_console_script_killed_at_any_moment(whole: Path, tmp_path: Path) -> None:
     """As it happens to users: SIGKILL from outside, whenever; then ``--resume auto``."""
-    for number, step in enumerate((3, 7, 10, 13)):
-        out = tmp_path / str(number)
-        command = [PROGRAM, *OPTIONS, "--out", out / "runs", "--trainer.checkpoint_every_steps", "1"]
-        process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 200
-        while process.poll() is None and time.monotonic() < deadline:
-            found = list((out / "runs" / "slt").glob("*/metrics.csv"))
-            if found and f"\n{step},0,train/loss" in found[0].read_text().replace(f"\n{step},1,", f"\n{step},0,"):
-                break
-            time.sleep(0.002)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL, "the run was over before it was killed"
-        done = subprocess.run([*map(str, command), "--resume", "auto"], capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        assert "run folder" in done.stdout
+    for step in (3, 7, 10, 13):
+        out = tmp_path / str(step)
+        kill_and_resume([PROGRAM, *OPTIONS, "--trainer.checkpoint_every_steps", 1], out, step)
         same(whole, folder_of(out))
