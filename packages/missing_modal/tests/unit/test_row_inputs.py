@@ -41,6 +41,15 @@ def test_bytes_as_tokens():
     assert int(tokens(["\x00"])[0, 1]) == 1, "no byte is the padding"
 
 
+def test_a_sound_fills_the_frames_and_is_normalised_over_them():
+    frames = 48
+    for length in (9000, 40_000):
+        found = AudioInput(32, frames)(np.sin(np.arange(length) ** 1.3 / 50).astype(np.float32))
+        assert found.shape == (32, frames)
+        assert float(found.mean()) == pytest.approx(0, abs=1e-5)
+        assert float(found.square().mean()) == pytest.approx(1, abs=1e-4)
+
+
 def test_each_kind_gets_what_its_tower_takes():
     text = small_text(ByteTokens.vocabulary, 7, name="text", **SIZES)
     text.tokenizer = ByteTokens(7)

@@ -41,6 +41,14 @@ def test_moments_are_those_of_the_specification():
     assert abs(np.corrcoef(texts[:, 3], s)[0, 1]) < 0.02
 
 
+def test_what_the_text_says_of_the_label_is_drawn_apart_from_the_image():
+    images, texts, labels = draw(40_000, 0.0, 3, "train")
+    s = 2 * labels - 1
+    told = texts[:, 2] - np.array([texts[labels == one, 2].mean() for one in (0, 1)])[labels]
+    for seen, slope in ((images[:, 0, 0], 0.9), (images[:, 4, 1], 0.55)):
+        assert abs(np.corrcoef(seen - slope * s, told)[0, 1]) < 0.02
+
+
 def test_noise_is_on_every_channel():
     images = draw(20_000, 0.3, 2, "train")[0]
     assert np.std(images[:, :, 2:]) == pytest.approx(0.3, rel=0.02)
