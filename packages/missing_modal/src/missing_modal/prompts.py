@@ -66,11 +66,11 @@ class PatternParameter(nn.Module):
         """(T, *shape) for T patterns."""
         if not self.additive:
             return torch.stack([self.value[self.order[mask]] for mask in masks])
-        entries = []
-        for mask in masks:
-            members = [self.value[place] for place in range(len(self.value)) if mask >> place & 1]
-            entries.append(torch.stack(members).mean(0))
-        return torch.stack(entries)
+        # One product: a batch of six modalities has dozens of patterns, each of which would be some small operations.
+        held = [[float(mask >> place & 1) / mask.bit_count() for place in range(len(self.value))] for mask in masks]
+        shares = torch.tensor(held, dtype=self.value.dtype, device=self.value.device)
+        with torch.autocast(self.value.device.type, enabled=False):  # means keep their digits
+            return (shares @ self.value.flatten(1)).unflatten(1, self.value.shape[1:])
 
 
 class DynamicAttention(nn.Module):

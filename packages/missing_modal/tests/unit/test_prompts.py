@@ -226,6 +226,11 @@ def test_parameters_by_pattern():
     shared = PatternParameter(Draws(0, "test"), "p", names, (2, 3), "additive")
     assert shared.value.shape == (3, 2, 3)
     torch.testing.assert_close(shared([5])[0], (shared.value[0] + shared.value[2]) / 2)
+    masks = [1, 7, 6]
+    whole = torch.stack([torch.stack([shared.value[p] for p in range(3) if m >> p & 1]).mean(0) for m in masks])
+    torch.testing.assert_close(shared(masks), whole)
+    with torch.autocast("cpu", torch.bfloat16):  # thirds would lose their digits
+        torch.testing.assert_close(shared(masks), whole)
     assert PatternParameter(Draws(0, "test"), "p", ("a", "b", "c", "d"), (1,)).value.shape == (15, 1)
     assert PatternParameter(Draws(0, "test"), "p", ("a", "b", "c", "d", "e"), (1,)).value.shape == (5, 1)
 
