@@ -321,15 +321,21 @@ def test_the_console_script_ends_in_a_table_and_logs_to_wandb_offline(
 
 @pytest.mark.slow
 def test_the_default_run_uses_the_text_to_read_the_image(mm_train, tmp_path: Path) -> None:
-    """Figures of the specification, 8: both 70, then its complete, image-only and text-only rows."""
+    """Bands around what seed 0 to 5 gave: 80.6 to 84.0 in all, 81.1 to 82.9 without text, 72.4 to 75.3 without image.
+
+    Complete rows tell whether the pattern reaches the prompts: seed 0 has 95.2 there (four of the six seeds had 93.2 to
+    96.7, two 88.0), methods that do not see it had 91.0 at most (three seeds, five tables of the test). Rows without
+    text would score like complete ones if what they lack leaked into their score.
+    """
     result = mm_train()
     assert result.code == 0, result.err
     report = read_report(folder_of(tmp_path))
     found = {row.pattern: row.scores["accuracy"] for row in report.rows}
-    assert found["all"] > 0.80
-    assert found["complete"] > 0.92
-    assert 0.78 < found["image"] < 0.88
-    assert 0.68 < found["text"] < 0.80
+    assert 0.82 < found["all"] < 0.86
+    assert 0.92 < found["complete"] < 0.98
+    assert 0.79 < found["image"] < 0.86
+    assert 0.70 < found["text"] < 0.79
+    assert report.of("complete").calibrated["nll"] < report.of("complete").scores["nll"] + 0.005
     assert report.of("all").calibrated["ece"] < 0.06
 
 

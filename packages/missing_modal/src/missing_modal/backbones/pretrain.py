@@ -75,7 +75,7 @@ def pretrain(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-    _LOG.info("towers trained for %d steps: contrastive loss %.3f", steps, float(loss.detach()))
+    _LOG.info("the small encoders are trained: contrastive loss %.3f", float(loss.detach()))
     trained = tuple(learner.frozen() for learner in learners)
     if cache is not None:
         cache.parent.mkdir(parents=True, exist_ok=True)
