@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -22,36 +20,14 @@ from css.steps import save_weights
 from css.task import Task
 from css.train import train
 from polymodal.cli import parse_config
+from polymodal.testing import QUIET, Result, as_command, folder_of
 
 TINY = NetworkConfig(name="tiny", width=8)
 
 
-@dataclass
-class Result:
-    """What a command did."""
-
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory) -> Path:
-    """Cache folder of all tests here, so that the shapes world is written once."""
-    return tmp_path_factory.mktemp("css-cache")
-
-
-@pytest.fixture(autouse=True)
-def _cache(cache, monkeypatch):
-    monkeypatch.setenv("POLYMODAL_CACHE", str(cache))
+def surroundings(one_thread, use_cache) -> None:
+    """Of every test here: one thread, one cache folder."""
 
 
 @pytest.fixture(scope="session")
@@ -64,28 +40,13 @@ def layouts() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def css_run(cache, tmp_path_factory) -> Path:
+def css_run(cache_folder, tmp_path_factory) -> Path:
     """Run folder of the smoke preset: task 2-1 with EIR on a small shapes world."""
     out = tmp_path_factory.mktemp("trained")
-    options = [
-        "--config",
-        "smoke",
-        "--out",
-        str(out),
-        "--seed",
-        "3",
-        "--log.wandb",
-        "off",
-        "--trainer.progress",
-        "none",
-    ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("POLYMODAL_CACHE", str(cache))
-        patch.setattr(sys, "argv", ["css-train"])
-        patch.setattr(sys, "stdout", open("/dev/null", "w"))  # noqa: PTH123
+    options = ["--config", "smoke", "--out", str(out / "runs"), "--seed", "3", *QUIET]
+    with as_command("css-train", POLYMODAL_CACHE=str(cache_folder)):
         train(parse_config(CSSConfig, options, presets="css", choices={"data": READERS}))
-    (folder,) = (out / "css").iterdir()
-    return folder
+    return folder_of(out)
 
 
 @pytest.fixture
@@ -122,58 +83,26 @@ def untrained(tmp_path) -> Callable[..., Path]:
     return make
 
 
-def _caller(main, name, monkeypatch, capsys) -> Callable[..., Result]:
-    def call(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        capsys.readouterr()
-        code = main()
-        captured = capsys.readouterr()
-        return Result(code, captured.out, captured.err)
-
-    return call
-
-
 @pytest.fixture
-def css_train(monkeypatch, capsys, tmp_path) -> Callable[..., Result]:
+def css_train(call_training) -> Callable[..., Result]:
     """``css-train`` in this process; runs go to ``tmp_path / "runs"``, W&B is off."""
-    monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))  # put back after the command
-    monkeypatch.delenv("POLYMODAL_SHARED_RUN", raising=False)
-    call = _caller(train_command.main, "css-train", monkeypatch, capsys)
-    quiet = ["--log.wandb", "off", "--trainer.progress", "none"]
-    return lambda *arguments: call(*arguments, *quiet, *([] if "--out" in arguments else ["--out", tmp_path / "runs"]))
+    return partial(call_training, train_command.main, "css-train")
 
 
 @pytest.fixture
-def css_eval(monkeypatch, capsys, tmp_path) -> Callable[..., Result]:
+def css_eval(call_command, tmp_path) -> Callable[..., Result]:
     """``css-eval`` in this process; runs go to ``tmp_path / "out"``, W&B is off."""
-    call = _caller(evaluate.main, "css-eval", monkeypatch, capsys)
+    call = partial(call_command, evaluate.main, "css-eval")
     return lambda *arguments: call(*arguments, "--out", tmp_path / "out", "--log.wandb", "off")
 
 
 @pytest.fixture
-def css_predict(monkeypatch, capsys) -> Callable[..., Result]:
+def css_predict(call_command) -> Callable[..., Result]:
     """``css-predict`` in this process."""
-    return _caller(predict_command.main, "css-predict", monkeypatch, capsys)
+    return partial(call_command, predict_command.main, "css-predict")
 
 
 @pytest.fixture
-def css_data(monkeypatch, capsys) -> Callable[..., Result]:
+def css_data(call_command) -> Callable[..., Result]:
     """``css-data`` in this process."""
-    return _caller(data_command.main, "css-data", monkeypatch, capsys)
-
-
-@pytest.fixture
-def complains() -> Callable[..., str]:
-    """Asserts exit code 2 and one line of error, the last, with all the given parts; returns the line."""
-
-    def check(result: Result, *parts: str) -> str:
-        assert result.code == 2, result
-        assert "Traceback" not in result.err
-        lines = [line for line in result.err.splitlines() if ": error: " in line]
-        assert len(lines) == 1, result.err
-        assert result.err.rstrip().endswith(lines[0])
-        for part in parts:
-            assert part in lines[0], (part, lines[0])
-        return lines[0]
-
-    return check
+    return partial(call_command, data_command.main, "css-data")

@@ -187,7 +187,7 @@ def test_a_missing_file_ends_the_check(pairs, named, css_data, complains):
     complains(css_data("check", *named), str(pairs.items("test")[0].mask.stem))
 
 
-def test_the_console_script_checks(pairs, cache):
+def test_the_console_script_checks(pairs):
     pairs.items("train")[1].mask.write_bytes(b"")
     command = [Path(sys.executable).with_name("css-data"), "check", "--data", "pairs", "--data.root", pairs.root]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -110,7 +110,7 @@ def test_other_splits_have_their_own_names(css_run, css_eval):
         assert read_report(folder).images > 0
 
 
-def test_the_console_script_evaluates(css_run, tmp_path, cache):
+def test_the_console_script_evaluates(css_run, tmp_path, cache_folder):
     done = subprocess.run(
         [
             Path(sys.executable).with_name("css-eval"),
@@ -125,7 +125,7 @@ def test_the_console_script_evaluates(css_run, tmp_path, cache):
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "POLYMODAL_CACHE": str(cache), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "POLYMODAL_CACHE": str(cache_folder), "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
     assert "| harmonic " in done.stdout

@@ -147,7 +147,7 @@ def test_the_list_of_classes_says_what_values_and_colours_mean(step, pairs, css_
     assert (told["task"], told["step"], told["background"]["id"]) == ("2-1", 1, 0)
 
 
-def test_a_broken_picture_is_named_and_the_others_are_written(step, pairs, tmp_path, cache):
+def test_a_broken_picture_is_named_and_the_others_are_written(step, pairs, tmp_path, cache_folder):
     whole = [item.image for item in pairs.items("test")[:2]]
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(whole[0].read_bytes()[:300])
@@ -166,7 +166,7 @@ def test_a_broken_picture_is_named_and_the_others_are_written(step, pairs, tmp_p
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "POLYMODAL_CACHE": str(cache), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "POLYMODAL_CACHE": str(cache_folder), "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 1
     lines = done.stderr.strip().splitlines()

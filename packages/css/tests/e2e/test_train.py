@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import os
 import re
 import shutil
-import struct
-import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,19 +18,11 @@ from css.module import CSSModule
 from css.report import read_reports
 from css.steps import load_weights
 from PIL import Image
+from polymodal.testing import manifest, metric_rows, read_offline, run_script
 
 PROGRAM = Path(sys.executable).parent / "css-train"
 TINY = ["--config", "smoke", "--data.images", "[16, 4, 8]", "--data.classes", "3", "--trainer.max_epochs", "1"]
 TINY += ["--loader.batch_size", "4", "--memory.budget", "4"]
-
-
-def rows(folder: Path) -> list[dict[str, str]]:
-    with (folder / "metrics.csv").open() as handle:
-        return list(csv.DictReader(handle))
-
-
-def manifest(folder: Path) -> dict:
-    return json.loads((folder / "manifest.json").read_text())
 
 
 # ------------------------------------------------------------------ the run folder
@@ -69,7 +56,7 @@ def test_the_manifest_has_the_final_scores_and_how_they_were_measured(css_run: P
 
 
 def test_metrics_go_by_optimizer_step_and_tests_by_continual_step(css_run: Path) -> None:
-    found = rows(css_run)
+    found = metric_rows(css_run)
     keys = [(row["step"], row["name"]) for row in found if row["epoch"] == ""]
     assert len(keys) == len(set(keys)), "each value of a test is written once"
     assert [float(row["value"]) for row in found if row["name"] == "task"] == [0, 1, 2]
@@ -142,43 +129,8 @@ def test_the_old_network_is_that_of_the_step_before_and_stays_so(
 # ------------------------------------------------------------------ the console script
 
 
-def records(path: Path) -> Iterator[bytes]:
-    """Records of W&B's offline file: 32 KiB blocks after a 7-byte header; each piece has crc, length, type."""
-    data, position, record = path.read_bytes(), 7, b""
-    while position + 7 <= len(data):
-        room = 32768 - position % 32768
-        if room < 7:
-            position += room
-            continue
-        length, kind = struct.unpack_from("<HB", data, position + 4)
-        record += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):
-            yield record
-            record = b""
-
-
-def read_offline(folder: Path) -> tuple[list[dict], dict[str, str]]:
-    """History rows, and the x-axis of each metric pattern."""
-    from wandb.proto import wandb_internal_pb2 as messages
-
-    history, axes = [], {}
-    for data in records(next(folder.glob("*.wandb"))):
-        record = messages.Record()
-        record.ParseFromString(data)
-        if record.WhichOneof("record_type") == "history":
-            history.append({i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in record.history.item})
-        elif record.WhichOneof("record_type") == "metric":
-            axes[record.metric.glob_name or record.metric.name] = record.metric.step_metric
-    return history, axes
-
-
-def test_the_console_script_logs_to_wandb_offline_with_the_task_as_axis(cache: Path, tmp_path: Path) -> None:
-    keep = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
-    done = subprocess.run(
-        [PROGRAM, *TINY], cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300,
-        env=keep | {"HOME": str(tmp_path / "absent"), "POLYMODAL_CACHE": str(cache), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+def test_the_console_script_logs_to_wandb_offline_with_the_task_as_axis(cache_folder: Path, tmp_path: Path) -> None:
+    done = run_script([PROGRAM, *TINY], tmp_path, POLYMODAL_CACHE=str(cache_folder))
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "runs" / "css").iterdir()
     assert f"run folder  runs/css/{folder.name}" in done.stdout
@@ -186,7 +138,7 @@ def test_the_console_script_logs_to_wandb_offline_with_the_task_as_axis(cache: P
     assert "harmonic" in done.stdout
     assert "\x1b[" not in done.stdout + done.stderr, "no colours and bars where there is no terminal"
     (command,) = [line.split("upload")[1].strip() for line in done.stdout.splitlines() if line.startswith("upload")]
-    history, axes = read_offline(tmp_path / command.removeprefix("wandb sync "))
+    _, history, axes = read_offline(tmp_path / command.removeprefix("wandb sync "))
     assert axes["test/*"] == "task"
     assert (axes["train/*"], axes["val/*"]) == ("step", "step")
     tested = [row for row in history if "test/miou_all" in row]
@@ -216,7 +168,7 @@ def test_a_finished_run_is_shown_again(css_train, css_run: Path, tmp_path: Path)
     assert "| triangle" in result.out
     assert {path: path.read_bytes() for path in (folder / "steps").rglob("*") if path.is_file()} == before
     assert manifest(folder)["status"] == "finished"
-    assert rows(folder) == rows(css_run)
+    assert metric_rows(folder) == metric_rows(css_run)
 
 
 def copied(css_run: Path, tmp_path: Path) -> Path:

@@ -20,6 +20,7 @@ from css.task import Task
 from PIL import Image
 from polymodal import files
 from polymodal.callbacks import load_checkpoint
+from polymodal.testing import manifest
 
 SMALL = ["--config", "smoke", "--data.images", "[16, 4, 8]", "--data.classes", "3", "--trainer.max_epochs", "1"]
 SMALL += ["--loader.batch_size", "4", "--memory.budget", "4"]
@@ -28,24 +29,7 @@ SMALL += ["--loader.batch_size", "4", "--memory.budget", "4"]
 @pytest.fixture
 def line(css_train, complains) -> Callable[..., str]:
     """The only line of a call that must fail."""
-
-    def call(*arguments: object) -> str:
-        return complains(css_train(*arguments), "css-train: error: ")
-
-    return call
-
-
-@pytest.fixture
-def only_run(tmp_path: Path) -> Callable[[], Path]:
-    def find() -> Path:
-        (folder,) = (tmp_path / "runs" / "css").iterdir()
-        return folder
-
-    return find
-
-
-def status(folder: Path) -> str:
-    return json.loads((folder / "manifest.json").read_text())["status"]
+    return lambda *arguments: complains(css_train(*arguments), "css-train: error: ")
 
 
 # ------------------------------------------------------------------ options
@@ -206,7 +190,7 @@ def test_a_picture_that_breaks_in_the_middle_of_an_epoch(
     every = ["--trainer.checkpoint_every_steps", 1, "--loader.batch_size", 2]
     text = complains(on_voc("--loader.num_workers", workers, *every), str(bad), "copy")
     assert "Caught" not in text
-    assert status(only_run()) == "failed"
+    assert manifest(only_run())["status"] == "failed"
     assert (only_run() / "checkpoints" / "last.ckpt").is_file(), "what was trained before is there"
     bad.write_bytes(whole)
     result = css_train("--resume", only_run())
@@ -225,14 +209,14 @@ def test_a_picture_of_a_later_step_that_is_broken(css_train, on_voc, complains, 
     bad.write_bytes(whole[:50])
     complains(on_voc(), str(bad))
     folder = only_run()
-    assert status(folder) == "failed"
+    assert manifest(folder)["status"] == "failed"
     assert (folder / "steps" / "00" / "done.json").is_file()
     before = (folder / "steps" / "00" / "weights.safetensors").read_bytes()
     bad.write_bytes(whole)
     result = css_train("--resume", folder)
     assert result.code == 0, result.err
     assert (folder / "steps" / "00" / "weights.safetensors").read_bytes() == before
-    assert status(folder) == "finished"
+    assert manifest(folder)["status"] == "finished"
 
 
 def test_a_step_without_pictures_is_told_before_anything_is_trained(line, tmp_path: Path, layouts) -> None:
@@ -350,19 +334,19 @@ def test_a_disk_that_fills_up_in_a_later_step(css_train, complains, only_run, mo
     monkeypatch.setattr(files, "atomic_write", full)
     complains(css_train(*SMALL), "disk full while writing", "continue with --resume")
     folder = only_run()
-    assert status(folder) == "failed"
+    assert manifest(folder)["status"] == "failed"
     assert load_checkpoint(folder / "checkpoints" / "last.ckpt")["polymodal"]["stage"] == 1
     assert css_train("--resume", folder).code == 0
-    assert status(folder) == "finished"
+    assert manifest(folder)["status"] == "finished"
 
 
 # ------------------------------------------------------------------ the console script
 
 
-def test_the_console_script_says_one_line_on_stderr(cache: Path, tmp_path: Path) -> None:
+def test_the_console_script_says_one_line_on_stderr(cache_folder: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [Path(sys.executable).parent / "css-train", *SMALL, "--task", "2-2"], cwd=tmp_path, capture_output=True,
-        text=True, timeout=120, env=os.environ | {"POLYMODAL_CACHE": str(cache)},
+        text=True, timeout=120, env=os.environ | {"POLYMODAL_CACHE": str(cache_folder)},
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stdout == ""

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,40 +14,17 @@ import pytest
 from css import pictures, report, steps, train
 from css.memory import bank, build, folder
 from css.module import CSSModule
-from polymodal.forked import run_forked
-from polymodal.logs import CsvLog
+from polymodal.forked import Patch, at_call, die, half_a_row, interrupt, kill_and_resume, run_forked
+from polymodal.testing import assert_same_results, folder_of, manifest, rows
 
 PROGRAM = Path(sys.executable).parent / "css-train"
 OPTIONS = ["--config", "smoke", "--data.images", "[32, 8, 10]", "--loader.batch_size", "4", "--log.wandb", "off"]
 OPTIONS += ["--trainer.progress", "none", "--trainer.log_every_steps", "1", "--memory.budget", "6"]
-Patch = Callable[[], None]
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def interrupt() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
 
 
 def css_train(out: Path, *arguments: object, patch: Patch = lambda: None) -> tuple[int, str]:
     """The command in a forked process that ``patch`` prepares; exit code (negative: signal) and stderr."""
-    return run_forked(train.main, ["css-train", *map(str, arguments)], out, patch)
-
-
-def folder_of(out: Path) -> Path:
-    (found,) = (out / "runs" / "css").glob("*/")
-    return found
-
-
-def manifest(run: Path) -> dict:
-    return json.loads((run / "manifest.json").read_text())
-
-
-def rows(run: Path) -> list[list[str]]:
-    with (run / "metrics.csv").open() as handle:
-        return [row for row in csv.reader(handle) if not row[2].startswith("perf/")]
+    return run_forked(train.main, ["css-train", *arguments], out, patch)
 
 
 def contents(run: Path) -> dict[str, bytes]:
@@ -60,19 +34,17 @@ def contents(run: Path) -> dict[str, bytes]:
 
 
 def same(whole: Path, killed: Path) -> None:
-    assert manifest(killed)["status"] == "finished"
-    assert manifest(killed)["metrics"] == manifest(whole)["metrics"]
-    assert rows(killed) == rows(whole)
+    assert_same_results(whole, killed)
     left, right = contents(whole), contents(killed)
     assert left.keys() == right.keys()
     assert [name for name in left if left[name] != right[name]] == []
 
 
 @pytest.fixture(scope="module")
-def whole(cache, tmp_path_factory) -> Path:
+def whole(cache_folder, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("POLYMODAL_CACHE", str(cache))
+        patch.setenv("POLYMODAL_CACHE", str(cache_folder))
         code, error = css_train(out, *OPTIONS)
     assert code == 0, error
     found = folder_of(out)
@@ -117,37 +89,6 @@ def in_the_test(step: int, happen: Callable[[], None] = die) -> Patch:
     return patch
 
 
-def at_call(module: object, name: str, number: int, happen: Callable[[], None] = die) -> Patch:
-    """When a function is called for the so-manieth time."""
-
-    def patch() -> None:
-        original, calls = getattr(module, name), [0]
-
-        def function(*arguments, **options):
-            calls[0] += 1
-            if calls[0] == number:
-                happen()
-            return original(*arguments, **options)
-
-        setattr(module, name, function)
-
-    return patch
-
-
-def in_a_row_of_metrics() -> None:
-    """A line of metrics.csv is half written."""
-    original = CsvLog.log_metrics
-
-    def log_metrics(self, metrics, step=None):
-        if step == 14 and "train/loss" in metrics:
-            with self.path.open("a") as handle:
-                handle.write("14,0,train/lo")
-            die()
-        original(self, metrics, step)
-
-    CsvLog.log_metrics = log_metrics
-
-
 MOMENTS: dict[str, Patch] = {
     "step 0, first batch": at_loss(0, 1),
     "step 0, second epoch": at_loss(0, 6),
@@ -164,7 +105,7 @@ MOMENTS: dict[str, Patch] = {
     "step 2, memory between two renames": at_call(folder, "_flush", 2),
     "step 2, first batch": at_loss(2, 1),
     "step 2, middle of an epoch": at_loss(2, 3),
-    "half a row of metrics": in_a_row_of_metrics,
+    "half a row of metrics": half_a_row(14, 0),
     "all steps done": at_call(pictures, "iou_matrix", 1),
 }
 # The rest is slow together, not one by one: a kill and a resume take three seconds.
@@ -316,19 +257,7 @@ def test_two_processes_share_one_run(whole: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_console_script_killed_at_any_moment(whole: Path, tmp_path: Path) -> None:
     """As it happens to users: SIGKILL from outside, whenever; then ``--resume auto``."""
-    for number, step in enumerate((3, 13)):
-        out = tmp_path / str(number)
-        command = [PROGRAM, *OPTIONS, "--out", out / "runs", "--trainer.checkpoint_every_steps", "1"]
-        process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 200
-        while process.poll() is None and time.monotonic() < deadline:
-            found = list((out / "runs" / "css").glob("*/metrics.csv"))
-            if found and any(line.startswith(f"{step},") for line in found[0].read_text().splitlines()):
-                break
-            time.sleep(0.02)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL, "the run was over before it was killed"
-        done = subprocess.run([*map(str, command), "--resume", "auto"], capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        assert "run folder" in done.stdout
+    for step in (3, 13):
+        out = tmp_path / str(step)
+        kill_and_resume([PROGRAM, *OPTIONS, "--trainer.checkpoint_every_steps", 1], out, step)
         same(whole, folder_of(out))

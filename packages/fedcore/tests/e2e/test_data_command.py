@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,27 +19,11 @@ layouts = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(layouts)
 
 
-@dataclass
-class Result:
-    """What the command did."""
-
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def fed_data(monkeypatch, capsys, tmp_path):
+def fed_data(monkeypatch, call_command, tmp_path):
     """Run ``fed-data`` with arguments."""
     monkeypatch.setenv("POLYMODAL_CACHE", str(tmp_path / "cache"))
-
-    def run(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["fed-data", *map(str, arguments)])
-        code = data_command.main()
-        captured = capsys.readouterr()
-        return Result(code, captured.out, captured.err)
-
-    return run
+    return partial(call_command, data_command.main, "fed-data")
 
 
 def test_list_names_every_reader(fed_data):

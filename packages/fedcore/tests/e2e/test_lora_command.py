@@ -20,16 +20,13 @@ from fedcore.lora_settings import LoraConfig
 from fedcore.settings import FedConfig
 from polymodal.callbacks import load_checkpoint
 from polymodal.cli import parse_config, preset_names
+from polymodal.testing import manifest
 from safetensors.torch import load_file
 
 TINY = ["--lora.ranks", "2,4", "--rounds", "2", "--clients", "3", "--model.options", "{hidden: [12, 8]}"]
 TINY += ["--lora.pretrain_epochs", "2", "--federation.flatness", "0", "--federation.client_samples", "20"]
 RANKED = ("ilora", "fedit", "flora", "flexlora", "hetlora", "lora_head")
 EQUAL = ("ffa_lora", "rolora", "fedex_lora", "lora_fair")
-
-
-def manifest(folder: Path) -> dict:
-    return json.loads((folder / "manifest.json").read_text())
 
 
 def trained(folder: Path) -> torch.nn.Module:

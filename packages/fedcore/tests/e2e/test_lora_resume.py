@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
-import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +12,8 @@ import torch
 from fedcore import simulation, train
 from fedcore.lora import job
 from polymodal.callbacks import load_checkpoint
-from polymodal.forked import run_forked
+from polymodal.forked import Patch, at_call, run_forked
+from polymodal.testing import assert_same_results, folder_of, manifest
 from safetensors.torch import load_file
 
 OPTIONS = ["--lora.ranks", "2,4", "--rounds", "4", "--clients", "3", "--model.options", "{hidden: [12, 8]}"]
@@ -29,43 +27,11 @@ METHODS = {
     "hetlora": ["--algorithm", "hetlora"],
 }
 FAST = ("ilora, moved base",)
-Patch = Callable[[], None]
 
 
 def fed_train(out: Path, *arguments: object, patch: Patch = lambda: None) -> tuple[int, str]:
     """The command in a forked process that ``patch`` prepares; exit code (negative: signal) and stderr."""
-    return run_forked(train.main, ["fed-train", *map(str, arguments)], out, patch)
-
-
-def at_call(owner: object, name: str, number: int) -> Patch:
-    """Killed when a function is called for the so-manieth time."""
-
-    def patch() -> None:
-        original, calls = getattr(owner, name), [0]
-
-        def function(*arguments, **options):
-            calls[0] += 1
-            if calls[0] == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*arguments, **options)
-
-        setattr(owner, name, function)
-
-    return patch
-
-
-def folder_of(out: Path) -> Path:
-    (found,) = (out / "runs" / "fedcore").glob("*/")
-    return found
-
-
-def manifest(run: Path) -> dict:
-    return json.loads((run / "manifest.json").read_text())
-
-
-def rows(run: Path) -> list[list[str]]:
-    with (run / "metrics.csv").open() as handle:
-        return [row for row in csv.reader(handle) if not row[2].startswith("perf/")]
+    return run_forked(train.main, ["fed-train", *arguments], out, patch)
 
 
 def tensors(run: Path) -> dict[str, torch.Tensor]:
@@ -85,10 +51,8 @@ def tensors(run: Path) -> dict[str, torch.Tensor]:
 
 def same(whole: Path, killed: Path) -> None:
     """Bit for bit."""
-    assert manifest(killed)["status"] == "finished"
-    assert manifest(killed)["metrics"] == manifest(whole)["metrics"]
+    assert_same_results(whole, killed)
     assert manifest(killed)["data"] == manifest(whole)["data"]
-    assert rows(killed) == rows(whole)
     left, right = tensors(whole), tensors(killed)
     assert left.keys() == right.keys()
     assert [name for name in left if not torch.equal(left[name], right[name])] == []

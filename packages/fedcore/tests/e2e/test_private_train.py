@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import json
 import math
@@ -14,27 +13,15 @@ import torch
 from fedcore.algorithms import ALGORITHMS
 from fedcore.privacy import Ledger, epsilon
 from polymodal.callbacks import load_checkpoint
+from polymodal.testing import curve, manifest, metric_rows
 
 TINY = ["--config", "dp_digits", "--rounds", "3", "--model.options", "{hidden: [8]}", "--federation.max_steps", "2"]
 TINY += ["--engine", "serial"]
 UNSEEN = ("train/loss", "train/clients", "train/local_steps", "comm/", "client/", "landscape/", "perf/", "unsafe/")
 
 
-def rows(folder: Path) -> list[dict[str, str]]:
-    with (folder / "metrics.csv").open() as handle:
-        return list(csv.DictReader(handle))
-
-
-def manifest(folder: Path) -> dict:
-    return json.loads((folder / "manifest.json").read_text())
-
-
 def report(folder: Path) -> dict:
     return json.loads((folder / "privacy.json").read_text())
-
-
-def curve(folder: Path, name: str) -> list[tuple[int, float]]:
-    return [(int(row["step"]), float(row["value"])) for row in rows(folder) if row["name"] == name]
 
 
 # ------------------------------------------------------------------ report and gate
@@ -77,7 +64,7 @@ def test_nothing_that_clients_data_made_is_written(fed_train, only_run) -> None:
     result = fed_train(*TINY)
     assert result.code == 0, result.err
     folder = only_run()
-    names = {row["name"] for row in rows(folder)}
+    names = {row["name"] for row in metric_rows(folder)}
     assert {"test/accuracy", "val/accuracy", "train/lr", "privacy/epsilon"} <= names
     assert not [name for name in {*names, *manifest(folder)["metrics"]} if name.startswith(UNSEEN)]
     assert not (folder / "samples").exists()
@@ -94,7 +81,7 @@ def test_unsafe_metrics_cost_the_guarantee(fed_train, only_run) -> None:
     assert "epsilon is infinite: unsafe_debug_metrics" in result.err
     assert "UNSAFE" in result.out
     folder = only_run()
-    names = {row["name"] for row in rows(folder)}
+    names = {row["name"] for row in metric_rows(folder)}
     assert {"train/loss", "train/clients", "comm/up_bytes", "unsafe/clipped"} <= names
     assert (report(folder)["epsilon"], report(folder)["unsafe_metrics"]) == ("inf", True)
     assert math.isinf(manifest(folder)["metrics"]["privacy/epsilon"])
@@ -315,7 +302,7 @@ def test_resume_is_exact_under_the_test_switch(fed_train, tmp_path, name: str) -
         assert all(torch.equal(value, b[key]) for key, value in a.items())
     assert torch.equal(*(each["fedcore"]["simulation"]["flat"] for each in (left, right)))
     assert manifest(one)["metrics"] == manifest(two)["metrics"]
-    seen = [[row for row in rows(folder) if not row["name"].startswith("perf/")] for folder in (one, two)]
+    seen = [[row for row in metric_rows(folder) if not row["name"].startswith("perf/")] for folder in (one, two)]
     assert seen[0] == seen[1]
 
 

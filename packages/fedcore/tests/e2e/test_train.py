@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import os
 import re
 import shutil
-import struct
-import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import fedcore.train
@@ -20,23 +15,11 @@ import torch
 from fedcore.algorithms import ALGORITHMS
 from PIL import Image
 from polymodal.callbacks import load_checkpoint
+from polymodal.testing import curve, manifest, metric_rows, read_offline, run_script
 
 PROGRAM = Path(sys.executable).parent / "fed-train"
 TINY = ["--config", "smoke", "--rounds", "2", "--model.options", "{hidden: [4]}", "--federation.flatness", "0"]
 CLIENTS, ROUNDS = 8, 4
-
-
-def rows(folder: Path) -> list[dict[str, str]]:
-    with (folder / "metrics.csv").open() as handle:
-        return list(csv.DictReader(handle))
-
-
-def curve(folder: Path, name: str) -> list[tuple[int, float]]:
-    return [(int(row["step"]), float(row["value"])) for row in rows(folder) if row["name"] == name]
-
-
-def manifest(folder: Path) -> dict:
-    return json.loads((folder / "manifest.json").read_text())
 
 
 # ------------------------------------------------------------------ the run folder
@@ -74,7 +57,7 @@ def test_the_manifest_has_the_facts_and_the_final_metrics(fed_run: Path) -> None
 
 
 def test_rows_go_by_round(fed_run: Path) -> None:
-    found = rows(fed_run)
+    found = metric_rows(fed_run)
     keys = [(row["step"], row["name"]) for row in found]
     assert len(keys) == len(set(keys)), "no value twice"
     every = [str(round) for round in range(1, ROUNDS + 1)]
@@ -136,57 +119,22 @@ def test_a_finished_run_is_shown_again(fed_train, fed_run: Path, tmp_path: Path)
     assert result.code == 0, result.err
     assert "accuracy (test)" in result.out
     assert manifest(folder)["metrics"] == manifest(fed_run)["metrics"]
-    assert sorted(map(str, rows(folder))) == sorted(map(str, rows(fed_run)))
+    assert sorted(map(str, metric_rows(folder))) == sorted(map(str, metric_rows(fed_run)))
 
 
 # ------------------------------------------------------------------ the console script
 
 
-def records(path: Path) -> Iterator[bytes]:
-    """Records of W&B's offline file: 32 KiB blocks after a 7-byte header; each piece has crc, length, type."""
-    data, position, record = path.read_bytes(), 7, b""
-    while position + 7 <= len(data):
-        room = 32768 - position % 32768
-        if room < 7:
-            position += room
-            continue
-        length, kind = struct.unpack_from("<HB", data, position + 4)
-        record += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):
-            yield record
-            record = b""
-
-
-def read_offline(folder: Path) -> tuple[list[dict], dict[str, str]]:
-    """History rows, and the x-axis of each metric pattern."""
-    from wandb.proto import wandb_internal_pb2 as messages
-
-    history, axes = [], {}
-    for data in records(next(folder.glob("*.wandb"))):
-        record = messages.Record()
-        record.ParseFromString(data)
-        if record.WhichOneof("record_type") == "history":
-            history.append({i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in record.history.item})
-        elif record.WhichOneof("record_type") == "metric":
-            axes[record.metric.glob_name or record.metric.name] = record.metric.step_metric
-    return history, axes
-
-
 @pytest.mark.slow
 def test_the_console_script_logs_to_wandb_offline_with_the_round_as_axis(tmp_path: Path) -> None:
-    keep = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
-    done = subprocess.run(
-        [PROGRAM, *TINY], cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600,
-        env=keep | {"HOME": str(tmp_path / "absent"), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = run_script([PROGRAM, *TINY], tmp_path)
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "runs" / "fedcore").iterdir()
     assert f"run folder  runs/fedcore/{folder.name}" in done.stdout
     assert "\x1b[" not in done.stdout + done.stderr, "no colours and bars where there is no terminal"
     assert re.search(r"^round 2/2 · loss ", done.stderr, re.MULTILINE)
     (command,) = [line.split("upload")[1].strip() for line in done.stdout.splitlines() if line.startswith("upload")]
-    history, axes = read_offline(tmp_path / command.removeprefix("wandb sync "))
+    _, history, axes = read_offline(tmp_path / command.removeprefix("wandb sync "))
     assert {axes[pattern] for pattern in ("train/*", "val/*", "test/*", "comm/*", "client/*")} == {"round"}
     for name in ("train/loss", "comm/up_bytes", "test/accuracy"):
         assert [row["round"] for row in history if name in row] == [1, 2], name

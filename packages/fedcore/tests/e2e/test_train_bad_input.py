@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 from polymodal import files
 from polymodal.callbacks import load_checkpoint
+from polymodal.testing import manifest
 
 SMALL = ["--config", "smoke", "--rounds", "2", "--model.options", "{hidden: [4]}", "--federation.flatness", "0"]
 
@@ -20,15 +20,7 @@ SMALL = ["--config", "smoke", "--rounds", "2", "--model.options", "{hidden: [4]}
 @pytest.fixture
 def line(fed_train, complains) -> Callable[..., str]:
     """The only line of a call that must fail."""
-
-    def call(*arguments: object) -> str:
-        return complains(fed_train(*arguments), "fed-train: error: ")
-
-    return call
-
-
-def status(folder: Path) -> str:
-    return json.loads((folder / "manifest.json").read_text())["status"]
+    return lambda *arguments: complains(fed_train(*arguments), "fed-train: error: ")
 
 
 # ------------------------------------------------------------------ options
@@ -196,7 +188,7 @@ def test_when_all_clients_fail_the_last_checkpoint_stands(fed_train, only_run, t
     assert "all 2 clients failed; first: OSError: the disk is gone" in last
     assert f"the last checkpoint stands: --resume {only_run()}" in last
     assert "Traceback" not in result.err
-    assert status(only_run()) == "failed"
+    assert manifest(only_run())["status"] == "failed"
     done = load_checkpoint(only_run() / "checkpoints" / "last.ckpt")["fedcore"]["round"]
     assert 0 < done < 9
 
@@ -220,7 +212,7 @@ def test_a_run_is_continued_as_what_it_is(line, fed_run: Path, tmp_path: Path) -
         (["--engine", "batched"], "whose sums differ"),
     ):
         assert words in line("--resume", folder, *options)
-    assert status(folder) == "failed", "the last one of them was refused when the checkpoint was read"
+    assert manifest(folder)["status"] == "failed", "the last one of them was refused when the checkpoint was read"
 
 
 def test_states_of_clients_that_are_gone(line, fed_run: Path, tmp_path: Path) -> None:
@@ -248,6 +240,6 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(
     monkeypatch.setattr(files, "atomic_write", original)
     folder = only_run()
     assert load_checkpoint(folder / "checkpoints" / "last.ckpt")["fedcore"]["round"] == 1
-    assert status(folder) == "failed"
+    assert manifest(folder)["status"] == "failed"
     assert fed_train("--resume", folder).code == 0
     assert load_checkpoint(folder / "checkpoints" / "last.ckpt")["fedcore"]["round"] == 4

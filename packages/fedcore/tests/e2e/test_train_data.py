@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +10,7 @@ from types import ModuleType
 import pytest
 from fedcore.train import DEFAULT_PRESETS
 from polymodal.cli import preset_names
+from polymodal.testing import manifest
 
 
 def load_layouts(file: str) -> ModuleType:
@@ -45,10 +45,6 @@ WRITE: dict[str, Callable[[Path], object]] = {
 @pytest.fixture(autouse=True)
 def _cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("POLYMODAL_CACHE", str(tmp_path / "cache"))
-
-
-def manifest(folder: Path) -> dict:
-    return json.loads((folder / "manifest.json").read_text())
 
 
 SMALL = {

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import json
-import os
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import lightning  # noqa: F401  # imported here, so that forks start at once
@@ -17,8 +11,8 @@ import pytest
 import torch
 from fedcore import landscape, module, simulation, state_shards, train
 from polymodal.callbacks import load_checkpoint
-from polymodal.forked import run_forked
-from polymodal.logs import CsvLog
+from polymodal.forked import Patch, at_call, half_a_row, interrupt, kill_and_resume, run_forked
+from polymodal.testing import assert_same_results, folder_of, manifest, rows
 from safetensors.torch import load_file
 
 PROGRAM = Path(sys.executable).parent / "fed-train"
@@ -26,34 +20,11 @@ OPTIONS = ["--config", "smoke", "--algorithm", "scaffold", "--rounds", "6", "--m
 OPTIONS += ["--federation.flatness", "20", "--federation.eval_every", "2", "--log.wandb", "off"]
 OPTIONS += ["--trainer.progress", "none"]
 SERIAL = ["--engine", "serial"]
-Patch = Callable[[], None]
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def interrupt() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
 
 
 def fed_train(out: Path, *arguments: object, patch: Patch = lambda: None) -> tuple[int, str]:
     """The command in a forked process that ``patch`` prepares; exit code (negative: signal) and stderr."""
-    return run_forked(train.main, ["fed-train", *map(str, arguments)], out, patch)
-
-
-def folder_of(out: Path) -> Path:
-    (found,) = (out / "runs" / "fedcore").glob("*/")
-    return found
-
-
-def manifest(run: Path) -> dict:
-    return json.loads((run / "manifest.json").read_text())
-
-
-def rows(run: Path) -> list[list[str]]:
-    with (run / "metrics.csv").open() as handle:
-        return [row for row in csv.reader(handle) if not row[2].startswith("perf/")]
+    return run_forked(train.main, ["fed-train", *arguments], out, patch)
 
 
 def last(run: Path) -> dict:
@@ -69,9 +40,7 @@ def client_states(run: Path) -> dict[str, torch.Tensor]:
 
 def same(whole: Path, killed: Path) -> None:
     """Bit for bit: server, clients, totals, rows, pictures."""
-    assert manifest(killed)["status"] == "finished"
-    assert manifest(killed)["metrics"] == manifest(whole)["metrics"]
-    assert rows(killed) == rows(whole)
+    assert_same_results(whole, killed)
     left, right = last(whole), last(killed)
     for tree in (lambda e: {"flat": e["simulation"]["flat"]}, lambda e: e["simulation"]["server"]):
         assert tree(left).keys() == tree(right).keys()
@@ -99,40 +68,6 @@ def whole(tmp_path_factory) -> Path:
 # ------------------------------------------------------------------ moments
 
 
-def at_call(owner: object, name: str, number: int, happen: Callable[[], None] = die, *, after: bool = False) -> Patch:
-    """When a function is called for the so-manieth time, or when that call has ended."""
-
-    def patch() -> None:
-        original, calls = getattr(owner, name), [0]
-
-        def function(*arguments, **options):
-            calls[0] += 1
-            if calls[0] == number and not after:
-                happen()
-            result = original(*arguments, **options)
-            if calls[0] == number and after:
-                happen()
-            return result
-
-        setattr(owner, name, function)
-
-    return patch
-
-
-def in_the_row_of_round_4() -> None:
-    """A line of metrics.csv is half written."""
-    original = CsvLog.log_metrics
-
-    def log_metrics(self, metrics, step=None):
-        if step == 4 and "train/loss" in metrics:
-            with self.path.open("a") as handle:
-                handle.write("4,3,train/lo")
-            die()
-        original(self, metrics, step)
-
-    CsvLog.log_metrics = log_metrics
-
-
 ROUND = (simulation.Simulation, "round")
 MOMENTS: dict[str, Patch] = {
     "before round 1": at_call(*ROUND, 1),
@@ -145,7 +80,7 @@ MOMENTS: dict[str, Patch] = {
     "states of round 3 without a checkpoint": at_call(state_shards, "write_bytes", 3, after=True),
     "old states not deleted yet": at_call(state_shards.StateShards, "_delete_others", 4),
     "checkpoint of round 4 half written": at_call(torch, "save", 7),
-    "half a row of metrics": in_the_row_of_round_4,
+    "half a row of metrics": half_a_row(4, 3),
     "in the last round": at_call(*ROUND, 6, after=True),
     "before the test": at_call(module.FederatedModule, "test_step", 1),
     "in the landscape": at_call(landscape, "hessian_product", 2),
@@ -287,19 +222,7 @@ def test_ctrl_c_says_how_to_go_on(whole: Path, tmp_path: Path, moment: str) -> N
 @pytest.mark.slow
 def test_the_console_script_killed_at_any_moment(whole: Path, tmp_path: Path) -> None:
     """As it happens to users: SIGKILL from outside, whenever; then ``--resume auto``."""
-    for number, step in enumerate((1, 4)):
-        out = tmp_path / str(number)
-        command = list(map(str, [PROGRAM, *OPTIONS, *SERIAL, "--out", out / "runs"]))
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 300
-        while process.poll() is None and time.monotonic() < deadline:
-            found = list((out / "runs" / "fedcore").glob("*/metrics.csv"))
-            if found and any(line.startswith(f"{step},") for line in found[0].read_text().splitlines()):
-                break
-            time.sleep(0.005)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL, "the run was over before it was killed"
-        done = subprocess.run([*command, "--resume", "auto"], capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr
-        assert "run folder" in done.stdout
+    for step in (1, 4):
+        out = tmp_path / str(step)
+        kill_and_resume([PROGRAM, *OPTIONS, *SERIAL], out, step)
         same(whole, folder_of(out))
