@@ -1,0 +1,147 @@
+"""Accuracy of each model of a matrix under each pattern, all test rows with the same one: no table, no rate.
+
+    python packages/missing_modal/experiments/by_pattern.py packages/missing_modal/experiments/results/six_views
+
+Reads the logits that mm-matrix left in ``logits`` and writes ``patterns.json``; without logits, reads that file.
+``patterns.md`` has accuracy by what is there (beyond two modalities: how many are there, and each one alone) and paired
+differences to one method. Cells of more than two modalities are made slim: what they say by pattern, 63 columns a score
+of a few rows each, is left out, and the scores over all rows stay.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from missing_modal.matrix import LogitCache
+from missing_modal.patterns import all_masks, mask_name
+from polymodal.errors import UserError
+from polymodal.files import write_text
+from polymodal.stats import paired_difference, summarise
+from polymodal.tables import markdown
+
+DIGITS = 4
+Scores = dict[str, dict[int, float]]
+"""Heading -> seed -> accuracy in percent."""
+
+
+def measure(folder: Path) -> dict[str, Any]:
+    """Accuracies (0..1) by model and pattern, from the logits.
+
+    Raises:
+        UserError: no logits there.
+    """
+    files = sorted((folder / "logits").glob("*-test.npz"))
+    if not files:
+        raise UserError(f"{folder}: neither patterns.json nor logits; run mm-matrix with --results {folder.name}")
+    models: dict[str, Any] = {}
+    for path in files:
+        cache, _ = LogitCache.load(path)
+        masks = all_masks(cache.modalities)
+        accuracy = []
+        for mask in masks:
+            logits = cache.logits(np.full(len(cache), mask))
+            accuracy.append(round(float((logits.argmax(1) == cache.labels).mean()), DIGITS))
+        models[path.stem.removesuffix("-test")] = accuracy
+        held = {"modalities": list(cache.modalities), "patterns": [mask_name(mask, cache.modalities) for mask in masks]}
+    return {"schema": "missing_modal.patterns", "schema_version": 1, **held, "models": models}
+
+
+def write_patterns(path: Path, found: dict[str, Any]) -> None:
+    """One line a model."""
+    models = ",\n".join(f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in found["models"].items())
+    head = json.dumps({key: value for key, value in found.items() if key != "models"}, indent=2)
+    write_text(path, f'{head[:-2]},\n  "models": {{\n{models}\n  }}\n}}\n')
+
+
+def columns(found: dict[str, Any]) -> dict[str, list[int]]:
+    """Heading -> places of its patterns."""
+    names, count = found["patterns"], len(found["modalities"])
+    if count == 2:
+        return {name: [place] for place, name in enumerate(names)}
+    sizes = [count if name == "complete" else name.count("+") + 1 for name in names]
+    by_size = {f"{size} there": [p for p, held in enumerate(sizes) if held == size] for size in range(count, 0, -1)}
+    return by_size | {f"only {name}": [names.index(name)] for name in found["modalities"]}
+
+
+def scores(found: dict[str, Any]) -> dict[tuple[str, str], Scores]:
+    """(Training pattern, method) -> accuracies; models of one seed each are brought together."""
+    result: dict[tuple[str, str], Scores] = {}
+    for name, row in found["models"].items():
+        parts = re.fullmatch(r"(\w+)-(.+)-[\d.]+-seed(\d+)", name)
+        assert parts is not None
+        method, kind, seed = parts[1], parts[2].replace("only_", "only:", 1), int(parts[3])
+        for heading, places in columns(found).items():
+            by_seed = result.setdefault((kind, method), {}).setdefault(heading, {})
+            by_seed[seed] = 100 * float(np.mean([row[place] for place in places]))
+    return result
+
+
+def _said(cell: dict[int, float]) -> str:
+    found = summarise(list(cell.values()))
+    return f"{found.mean:.1f}" + ("" if found.sd is None else f" ± {found.sd:.1f}")
+
+
+def _difference(ours: dict[int, float], base: dict[int, float]) -> str:
+    found = paired_difference(ours, base)
+    if found is None:
+        return "–"
+    interval = "" if found.low is None or found.high is None else f" [{found.low:+.1f}, {found.high:+.1f}]"
+    return f"{found.mean:+.1f}{interval}"
+
+
+def to_table(found: dict[str, Any], against: str) -> str:
+    """Both tables as Markdown."""
+    table, headings = scores(found), list(columns(found))
+    rows = [[f"{method}: {kind}", *(_said(held[h]) for h in headings)] for (kind, method), held in table.items()]
+    others = [
+        [f"{method}: {kind}", *(_difference(held[h], table[kind, against][h]) for h in headings)]
+        for (kind, method), held in table.items()
+        if method != against and (kind, against) in table
+    ]
+    label = "method: missing in training"
+    return (
+        "Accuracy in percent over all test rows, by what is there; mean ± sample deviation over training seeds.\n\n"
+        f"{markdown([label, *headings], rows)}\n\n"
+        f"Difference to {against} with the same training pattern, seed by seed [95 %].\n\n"
+        f"{markdown([label, *headings], others)}\n"
+    )
+
+
+def slim(folder: Path) -> None:
+    """Cells without their columns by pattern."""
+    for path in sorted((folder / "cells").glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        cells = {name: values for name, values in record["cells"].items() if name.count("/") < 2}
+        if cells != record["cells"]:
+            lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(values)}" for name, values in cells.items())
+            head = json.dumps({key: value for key, value in record.items() if key != "cells"}, indent=2)
+            write_text(path, f'{head[:-2]},\n  "cells": {{\n{lines}\n  }}\n}}\n')
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("results", type=Path, help="folder that mm-matrix wrote")
+    parser.add_argument("--against", default="mmp_input", help="method that the paired differences are to")
+    options = parser.parse_args()
+    try:
+        path = options.results / "patterns.json"
+        if (options.results / "logits").is_dir() or not path.is_file():
+            write_patterns(path, measure(options.results))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if len(found["modalities"]) > 2:
+            slim(options.results)
+        text = to_table(found, options.against)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    write_text(options.results / "patterns.md", text)
+    sys.stdout.write(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
