@@ -35,6 +35,8 @@ class Classifier(nn.Module):
         cut: leave out the token rows behind the batch's last end of text in causal towers (exact, DCP 8).
         skip: leave out the tower of a missing modality (exact, DCP 3.4); False runs it on placeholders: for tests and
             the benchmark.
+
+    Source: Hu et al. 2024 (arXiv 2410.06558), released code (DCP 3.4): features without L2 normalisation or scale.
     """
 
     def __init__(
