@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -26,7 +26,7 @@ from torch.nn import functional
 
 if TYPE_CHECKING:
     from missing_modal.backbones.base import Tower
-    from missing_modal.prompts import CorrelatedPrompts, DynamicAttention
+    from missing_modal.prompts import DynamicAttention
 
 MODALITIES = ("image", "text")
 
@@ -59,7 +59,7 @@ CLIP_B16 = Shape(widths=(768, 512), blocks=12, vocabulary=49408, features=512, b
 
 def two_towers(shape: Shape) -> list[Tower]:
     """An image and a text tower with random weights."""
-    sizes = [
+    sizes: list[dict[str, Any]] = [
         {"width": width, "depth": shape.blocks, "heads": width // 64, "features": shape.features}
         for width in shape.widths
     ]
@@ -142,7 +142,8 @@ def plain_logits(model: Classifier, batch: Batch, together: bool) -> Tensor:
             held = held.to(batch.inputs[name].device, batch.inputs[name].dtype)
             held[batch.rows[name]] = batch.inputs[name]
         inputs.append(held)
-    prompts = [_prompts_of_sample(model.prompter.prompts, mask) for mask in batch.masks]
+    learner: Any = model.prompter.prompts
+    prompts = [_prompts_of_sample(learner, mask) for mask in batch.masks]
     if together:
         return _encode(model, inputs, prompts, batch.masks)
     logits = [
@@ -161,7 +162,7 @@ class _Prompts:
     queries: list[Tensor]
 
 
-def _prompts_of_sample(learner: CorrelatedPrompts, mask: int) -> _Prompts:
+def _prompts_of_sample(learner: Any, mask: int) -> _Prompts:
     state = [static[0 if mask >> place & 1 else 1] for place, static in enumerate(learner.static)]
     deep: list[list[Tensor]] = [[] for _ in state]
     for step in range(learner.depth):
@@ -174,7 +175,8 @@ def _prompts_of_sample(learner: CorrelatedPrompts, mask: int) -> _Prompts:
 
 
 def _encode(model: Classifier, inputs: Sequence[Tensor], prompts: Sequence[_Prompts], masks: Sequence[int]) -> Tensor:
-    learner, features = model.prompter.prompts, []
+    learner: Any = model.prompter.prompts
+    features = []
     for number, (tower, x) in enumerate(zip(model.towers, inputs, strict=True)):
         tokens = tower.embed(x)
         kind = tokens.dtype
@@ -210,7 +212,7 @@ def _attend(attention: DynamicAttention, queries: Tensor, tokens: Tensor) -> Ten
     return out
 
 
-def require_same(forwards: dict[str, Callable[[], Tensor]], tolerance: float = 1e-5) -> None:
+def require_same(forwards: Mapping[str, Callable[[], Tensor]], tolerance: float = 1e-5) -> None:
     """Whether all give the first one's logits (``tolerance``, absolute).
 
     Raises:
@@ -239,8 +241,9 @@ class Step:
     """
 
     def __init__(
-        self, model: Classifier, forward: Callable[[], Tensor], labels: Tensor, others: Sequence[Tensor] = ()
+        self, model: Classifier, forward: Callable[[], Tensor], labels: Tensor | None, others: Sequence[Tensor] = ()
     ) -> None:
+        assert labels is not None  # all batches here are labelled
         self.forward, self.labels, self.others = forward, labels, list(others)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, 1e-6, betas=(0.9, 0.98), weight_decay=2e-2, fused=True)
@@ -331,7 +334,7 @@ def peak_memory(kind: str, quick: bool) -> float:
 
 
 def _raised(kind: str, shape: Shape) -> float:
-    towers, others = two_towers(shape), []
+    towers, others = two_towers(shape), list[Tensor]()
     if kind == "gradients":
         towers, others = with_gradients(towers)
     model, batch = classifier(shape, towers, skip=kind != "dense"), draw_batch(shape)

@@ -123,7 +123,7 @@ def tables(options: Options) -> list[Row]:
     batch = draw_batch(shape)
     patterns = sorted(set(batch.masks))
     model = classifier(shape, two_towers(shape))
-    learner = model.prompter.prompts
+    learner: Any = model.prompter.prompts
     functions: dict[str, Callable[[], Any]] = {
         "step": Step(model, partial(model, batch), batch.labels),
         "once": lambda: _backward(learner, [learner.tables(patterns)]),
