@@ -111,6 +111,10 @@ assert not found, found
         ("missing_modal.methods.dcp", "lightning wandb transformers polymodal.trainer"),
         ("polymodal.cli", "torch lightning wandb"),
         ("polymodal.main", "torch lightning wandb"),
+        ("polymodal.pool", "torch lightning wandb"),
+        ("polymodal.progress", "torch lightning wandb"),
+        ("polymodal.devices", "torch lightning wandb"),
+        ("polymodal.testing", "torch lightning wandb"),
     ],
 )
 def test_light_modules_stay_light(module: str, banned: str) -> None:
