@@ -1,7 +1,7 @@
 """``mm-predict``: classes of one sample or of the rows of a JSONL file, with or without any of their modalities.
 
 Exit codes: 0 all predicted; 1 some samples could not be read, each named in a line of its own, the others are
-predicted; 2 nothing was begun.
+predicted; 2 nothing was predicted, and nothing written.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def predict(config: PredictConfig) -> list[str]:
         Ids of samples that could not be read; each was told in one line.
 
     Raises:
-        UserError: bad options, checkpoint or encoders, nothing to predict, or results that are there already.
+        UserError: bad options, checkpoint or encoders, nothing to predict, no sample that can be read, or results that
+            are there already.
     """
     from polymodal.files import write_text
     from polymodal.seeding import set_threads
@@ -80,18 +81,22 @@ def predict(config: PredictConfig) -> list[str]:
             f"--without {unknown}: no such modality; {did_you_mean(unknown, trained.modalities)}the model has "
             f"{', '.join(trained.modalities)}"
         )
+    if set(config.without) >= set(trained.modalities):
+        raise UserError(f"--without {' '.join(config.without)} leaves nothing to predict from; keep one of them")
     failed: list[str] = []
     found: list[str] = []
     for number, result in enumerate(predict_samples(trained, samples, config, device)):
         if isinstance(result, UserError):
-            if config.inputs:
-                raise result  # the one sample there is
+            if len(samples) == 1:
+                raise result
             sys.stderr.write(f"mm-predict: error: {' '.join(str(result).split())}\n")
             failed.append(samples[number].id)
         elif config.out is not None:
             found.append(json.dumps(result.to_json(), ensure_ascii=False))
         else:
             sys.stdout.write(result.line(config.top) + "\n")
+    if len(failed) == len(samples):
+        raise UserError(f"none of the {len(samples)} samples can be predicted; correct what the lines above name")
     if config.out is not None:
         out = config.out.expanduser()
         write_text(out, "".join(line + "\n" for line in found))

@@ -195,10 +195,42 @@ def test_a_bad_row_loses_no_other(call, mm_run, tmp_path):
     assert "words, text:" in errors[1]
 
 
+def test_where_no_sample_can_be_read_nothing_is_written(call, mm_run, tmp_path, complains):
+    source, out = tmp_path / "rows.jsonl", tmp_path / "found.jsonl"
+    source.write_text('{"id": "void", "image": null, "text": null}\n')
+    complains(call("mm-predict", mm_run, "--jsonl", source, "--out", out), "void: no modality is there; give at least")
+    source.write_text('{"id": "void", "image": null, "text": null}\n{"id": "words", "text": "hello"}\n')
+    result = call("mm-predict", mm_run, "--jsonl", source, "--out", out)
+    assert result.code == 2
+    assert "none of the 2 samples" in result.err.splitlines()[-1]
+    assert not out.exists()
+
+
+def test_an_exported_file_with_encoders_of_another_width(call, mm_run, tmp_path, complains):
+    from missing_modal.backbones.weights import save_towers
+    from missing_modal.encoders import small_towers
+    from missing_modal.settings import BackboneConfig
+    from missing_modal.world import World
+
+    other = small_towers(BackboneConfig(width=16, features=4), World(sizes=(8, 4, 4)), ("image", "text"))
+    save_towers(tmp_path / "other.safetensors", other)
+    for name in ("export/baked.safetensors", "export/trainable.safetensors", ""):
+        result = call(
+            "mm-predict",
+            mm_run / name,
+            "--sample",
+            "world-test-00000",
+            "--backbone.weights",
+            tmp_path / "other.safetensors",
+        )
+        complains(result, "belongs to other image weights (small:image-8x3", "--backbone.weights")
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
         (["RUN"], "nothing to predict"),
+        (["RUN", "--sample", "world-test-00000", "--without", "image", "text"], "keep one of them"),
         (["RUN", "--text", "a", "--sample", "b"], "several places"),
         (["RUN", "--image", "NOWHERE.png"], "no such file"),
         (["RUN", "--audio", "NOWHERE.wav"], "the model has image, text"),

@@ -21,6 +21,7 @@ from missing_modal.inputs import input_transforms
 from missing_modal.patterns import all_masks, mask_name
 from missing_modal.report import read_report
 from missing_modal.tables import combine, load_table, natural_mask
+from polymodal.testing import folder_of
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "three_modalities.py"
 NAMES = ("image", "audio", "tabular")
@@ -53,21 +54,17 @@ def home(example, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run_folder(home) -> Path:
-    (folder,) = (home / "runs" / "missing_modal").iterdir()
-    return folder
+    return folder_of(home)
 
 
 @pytest.fixture
-def call(monkeypatch, capsys, tmp_path):
-    """mm-eval and mm-predict in this process: (exit code, stdout, stderr)."""
+def call(call_command, tmp_path):
+    """mm-eval and mm-predict in this process."""
 
     def run(name, *arguments):
+        command = {"mm-eval": evaluate_command.main, "mm-predict": predict_command.main}[name]
         more = ["--log.wandb", "off", "--out", tmp_path / "runs"] if name == "mm-eval" else []
-        monkeypatch.setattr(sys, "argv", [name, *map(str, [*arguments, *more])])
-        capsys.readouterr()
-        code = {"mm-eval": evaluate_command.main, "mm-predict": predict_command.main}[name]()
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        return call_command(command, name, *arguments, *more)
 
     return run
 
@@ -151,10 +148,9 @@ def test_real_nulls_are_the_pattern_and_the_table_only_removes_more(home: Path, 
 
 
 def test_without_a_simulator_only_the_nulls_are_missing(home: Path, run_folder: Path, tmp_path: Path, call) -> None:
-    code, _, err = call("mm-eval", run_folder, "--missing.kind", "none")
-    assert code == 0, err
-    (folder,) = (tmp_path / "runs" / "missing_modal").iterdir()
-    found = {row.pattern: row.samples for row in read_report(folder).rows[1:]}
+    result = call("mm-eval", run_folder, "--missing.kind", "none")
+    assert result.code == 0, result.err
+    found = {row.pattern: row.samples for row in read_report(folder_of(tmp_path)).rows[1:]}
     held = [natural_mask(sample.inputs, NAMES) for sample in reader_of(home).samples("test")]
     assert found == {mask_name(mask, NAMES): held.count(mask) for mask in all_masks(NAMES) if mask in held}
     assert found["complete"] < 72
@@ -162,10 +158,9 @@ def test_without_a_simulator_only_the_nulls_are_missing(home: Path, run_folder: 
 
 @pytest.mark.parametrize("lost", ["audio", "tabular"])
 def test_another_table_takes_one_modality_from_all_that_have_others(home, run_folder, tmp_path, call, lost) -> None:
-    code, _, err = call("mm-eval", run_folder, "--missing.kind", f"only:{lost}", "--missing.ratio", "1.0")
-    assert code == 0, err
-    (folder,) = (tmp_path / "runs" / "missing_modal").iterdir()
-    report = read_report(folder)
+    result = call("mm-eval", run_folder, "--missing.kind", f"only:{lost}", "--missing.ratio", "1.0")
+    assert result.code == 0, result.err
+    report = read_report(folder_of(tmp_path))
     assert report.missing == f"only:{lost}, 100 % of the rows"
     held = [natural_mask(sample.inputs, NAMES) for sample in reader_of(home).samples("test")]
     bit = 1 << NAMES.index(lost)
@@ -186,15 +181,14 @@ def test_one_sample_with_and_without_a_modality(home: Path, run_folder: Path, ca
     given = ["--image", image, "--audio", audio, "--tabular", values]
     lines = {}
     for arguments, present in ((given, "image+audio+tabular"), (given[2:], "audio+tabular"), (given[:2], "image")):
-        code, out, err = call("mm-predict", run_folder, *arguments)
-        assert code == 0, err
-        lines[present] = out.split("\t")
+        result = call("mm-predict", run_folder, *arguments)
+        assert result.code == 0, result.err
+        lines[present] = result.out.split("\t")
         assert lines[present][:2] == ["sample", present]
-    code, out, _ = call("mm-predict", run_folder, *given, "--without", "image")
-    assert code == 0
-    assert out.split("\t")[2:] == lines["audio+tabular"][2:], "left out is the same as not given"
-    code, out, _ = call("mm-predict", run_folder, "--sample", row["id"], "--without", "image")
-    assert out.split("\t")[1:] == lines["audio+tabular"][1:]
+    result = call("mm-predict", run_folder, *given, "--without", "image")
+    assert result.out.split("\t")[2:] == lines["audio+tabular"][2:], "left out is the same as not given"
+    result = call("mm-predict", run_folder, "--sample", row["id"], "--without", "image")
+    assert result.out.split("\t")[1:] == lines["audio+tabular"][1:]
 
 
 def _batch(home: Path, trained):

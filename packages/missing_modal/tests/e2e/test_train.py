@@ -17,6 +17,7 @@ from missing_modal.backbones.weights import read_towers
 from missing_modal.batch import Batch
 from missing_modal.calibration import Temperatures
 from missing_modal.checkpoint import load_trained
+from missing_modal.dashboard import SECTIONS
 from missing_modal.export import read
 from missing_modal.job import Job
 from missing_modal.methods import METHODS
@@ -107,6 +108,20 @@ def test_rows_of_metrics(mm_run: Path) -> None:
     assert {"train/loss", "train/ce", "train/lr", "val/accuracy", "val/nll/complete", "perf/data_wait"} <= names
     assert len([row for row in found if row["name"] == "val/accuracy"]) == 2
     assert {row["step"] for row in found if row["name"].startswith("test/")} == {"6"}
+
+
+def test_panels_of_the_dashboard_show_what_the_run_has(mm_run: Path) -> None:
+    """All that two classes and DCP can have; the rest is of several labels and of another method."""
+    have = {row["name"] for row in metric_rows(mm_run)} | manifest(mm_run)["metrics"].keys()
+    named = {
+        name for section in SECTIONS for panel in section.panels if panel.kind != "table" for name in panel.metrics
+    }
+    lacking = {name for name in named - have if "/f1_macro" not in name}
+    assert lacking == {"train/bce", "train/orthogonality"}
+    tables = {
+        name for section in SECTIONS for panel in section.panels if panel.kind == "table" for name in panel.metrics
+    }
+    assert tables == {f"test/{path.stem.removeprefix('test-')}" for path in (mm_run / "samples").iterdir()}
 
 
 def test_predictions_of_each_pattern_are_shown(mm_run: Path) -> None:

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from missing_modal.tables import draw_table, save_table
+from polymodal.testing import folder_of, manifest
 
 TINY = ["--backbone.steps", "0", "--trainer.max_epochs", "1"]
 
 OPTIONS = {
     "unknown method": (["--method", "dpc"], ["unknown method 'dpc'", "did you mean", "dcp"]),
     "unknown option": (["--method_options.lenght", "6"], ["has no option 'lenght'", "length"]),
-    "length not divisible": (["--method_options.length", "8"], ["8"]),
+    "length not divisible": (["--method_options.length", "8"], ["prompt length 8", "multiple of three"]),
     "too deep": (["--method_options.depth", "9"], ["9"]),
     "unknown data": (["--data", "wrld"], ["unknown name", "world"]),
     "unknown kind": (["--missing.kind", "imge"], ["missing kind 'imge'", "image"]),
@@ -72,6 +73,7 @@ def manifest_of(tmp_path: Path, *lines: dict) -> Path:
 
 ROWS = {
     "no modality": ({"id": "x", "label": 1, "split": "train"}, ["x", "no modality"]),
+    "only nulls": ({"id": "x", "text": None, "tabular": None, "label": 1, "split": "test"}, ["x", "no modality"]),
     "no label": ({"id": "x", "text": "a", "label": None, "split": "test"}, ["x", "no label"]),
     "twice": ({"id": "r1", "text": "a", "label": 1, "split": "train"}, ["r1"]),
 }
@@ -95,6 +97,28 @@ def test_a_broken_picture_is_named_with_its_sample(mm_train, complains, tmp_path
     complains(result, "sample bad, image", "broken.png")
 
 
+def test_a_broken_test_picture_does_not_cost_the_training(mm_train, complains, tmp_path: Path) -> None:
+    """It is met after the training; once it is mended, the run is tested and finished."""
+    from PIL import Image
+
+    Image.new("RGB", (40, 40), (200, 0, 0)).save(tmp_path / "good.png")
+    (tmp_path / "later.png").write_bytes(b"\x89PNG no picture")
+    rows = [{"id": f"r{n}", "image": "good.png", "text": f"text {n}", "label": n % 2, "split": split}
+            for n, split in enumerate(["train"] * 8 + ["val"] * 4 + ["test"] * 4)]  # fmt: skip
+    rows[-1]["image"] = "later.png"
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--data", path, *OWN, "--loader.num_workers", "0", "--trainer.accumulate", "1"]
+    complains(mm_train(*options), "sample r15, image", "later.png", "copy it again")
+    folder = folder_of(tmp_path)
+    assert (folder / "checkpoints" / "last.ckpt").is_file()
+    Image.new("RGB", (40, 40), (0, 200, 0)).save(tmp_path / "later.png")
+    result = mm_train(*options, "--resume", folder)
+    assert result.code == 0, result.err
+    assert manifest(folder)["status"] == "finished"
+    assert (folder / "report.json").is_file()
+
+
 def test_weights_of_another_model(mm_train, complains, tmp_path: Path) -> None:
     path = tmp_path / "other.pt"
     torch.save({"layer.weight": torch.zeros(2, 2)}, path)
@@ -111,3 +135,5 @@ def test_a_file_of_encoders_of_other_modalities(mm_train, complains, tmp_path: P
     save_towers(tmp_path / "t.safetensors", [small_tabular(4, width=8, features=4)])
     result = mm_train("--backbone", "small", "--backbone.weights", tmp_path / "t.safetensors")
     complains(result, "no encoder for image")
+    (tmp_path / "note.safetensors").write_bytes(b"nothing")
+    complains(mm_train("--backbone", "small", "--backbone.weights", tmp_path / "note.safetensors"), "cannot be read")
