@@ -191,6 +191,20 @@ def test_one_sample_with_and_without_a_modality(home: Path, run_folder: Path, ca
     assert result.out.split("\t")[1:] == lines["audio+tabular"][1:]
 
 
+def test_sounds_and_numbers_that_cannot_be_read_are_named_as_such(home, run_folder, tmp_path, call, complains) -> None:
+    (tmp_path / "noise.wav").write_bytes(b"RIFF no sound")
+    complains(call("mm-predict", run_folder, "--audio", tmp_path / "noise.wav"), "audio: sound", "pcm_s16le")
+    complains(call("mm-predict", run_folder, "--tabular", "1,2,3"), "tabular: tabular", "3 numbers", "have 4")
+    rows = tmp_path / "rows.jsonl"
+    for row, part in (
+        ({"audio": "gone.wav"}, "sound "),
+        ({"tabular": "gone.npy"}, "array "),
+        ({"image": "no.png"}, "image "),
+    ):
+        rows.write_text(json.dumps(row) + "\n")
+        complains(call("mm-predict", run_folder, "--jsonl", rows), f"{part}{tmp_path}", "No such file")
+
+
 def _batch(home: Path, trained):
     """A batch in which every pattern occurs."""
     transforms = input_transforms(trained.model.towers, {name: name for name in NAMES})

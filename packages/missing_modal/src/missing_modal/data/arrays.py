@@ -28,7 +28,7 @@ def load_npy(source: Any) -> np.ndarray:
     import numpy as np
 
     try:
-        array = np.load(io.BytesIO(read_bytes(source)), allow_pickle=False)
+        array = np.load(io.BytesIO(read_bytes(source, "array")), allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise UserError(
             f"array {source} cannot be read ({' '.join(str(error).split()) or 'cut short'}); save it with np.save"
@@ -75,7 +75,7 @@ def read_wav(source: Any) -> tuple[np.ndarray, int]:
     import numpy as np
 
     try:
-        with wave.open(io.BytesIO(read_bytes(source))) as sound:
+        with wave.open(io.BytesIO(read_bytes(source, "sound"))) as sound:
             width, channels, rate = sound.getsampwidth(), sound.getnchannels(), sound.getframerate()
             raw = np.frombuffer(sound.readframes(sound.getnframes()), np.uint8)
     except (wave.Error, EOFError) as error:

@@ -21,8 +21,12 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def read_bytes(source: Any) -> bytes:
-    """Encoded image of a path, of bytes, or of anything with ``read`` (an Arrow cell).
+def read_bytes(source: Any, what: str = "image") -> bytes:
+    """Contents of a path, of bytes, or of anything with ``read`` (an Arrow cell).
+
+    Args:
+        source: where they are.
+        what: for messages.
 
     Raises:
         UserError: a file that is missing or cannot be read, by name.
@@ -34,7 +38,7 @@ def read_bytes(source: Any) -> bytes:
             return Path(source).read_bytes()
         except OSError as error:
             raise UserError(
-                f"image {source} cannot be read ({error.strerror}); copy it again, or take the row out of the list"
+                f"{what} {source} cannot be read ({error.strerror}); copy it again, or take the row out of the list"
             ) from error
     return bytes(source.read())
 
