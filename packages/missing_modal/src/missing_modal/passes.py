@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from polymodal.errors import UserError
+from polymodal.progress import counted
 
 from missing_modal.batch import Batch
 from missing_modal.matrix import LogitCache
-from missing_modal.progress import counted
 from missing_modal.tables import natural_mask
 
 if TYPE_CHECKING:
