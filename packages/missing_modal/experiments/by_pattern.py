@@ -95,7 +95,7 @@ def _difference(ours: dict[int, float], base: dict[int, float]) -> str:
 
 def to_table(found: dict[str, Any], against: str) -> str:
     """Both tables as Markdown."""
-    table, headings = scores(found), list(columns(found))
+    table, headings = dict(sorted(scores(found).items())), list(columns(found))
     rows = [[f"{method}: {kind}", *(_said(held[h]) for h in headings)] for (kind, method), held in table.items()]
     others = [
         [f"{method}: {kind}", *(_difference(held[h], table[kind, against][h]) for h in headings)]
@@ -125,7 +125,7 @@ def slim(folder: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("results", type=Path, help="folder that mm-matrix wrote")
-    parser.add_argument("--against", default="mmp_input", help="method that the paired differences are to")
+    parser.add_argument("--against", default="dcp", help="method that the paired differences are to")
     options = parser.parse_args()
     try:
         path = options.results / "patterns.json"
