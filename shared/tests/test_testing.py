@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -135,6 +136,18 @@ def test_a_fork_tells_how_it_ended(tmp_path: Path) -> None:
     assert os.environ["OMP_NUM_THREADS"] != "7"
     code, _ = run_forked(lambda: speak(), ["speak"], tmp_path, at_call(sys.modules[__name__], "speak"))
     assert code == -signal.SIGKILL
+
+
+def test_loader_workers_start_in_the_fork_where_the_parent_has_had_some(tmp_path: Path) -> None:
+    def fetch() -> int:
+        process = multiprocessing.get_context("forkserver").Process(target=os.getpid)
+        process.start()
+        process.join()
+        return process.exitcode or 0
+
+    assert fetch() == 0, "so the parent has a server of its own"
+    assert run_forked(fetch, ["fetch"], tmp_path) == (0, "")
+    assert fetch() == 0, "and keeps it"
 
 
 def test_a_row_is_left_half_written(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ def run_forked(
             sys.stderr, sys.stdout = handle, Path(os.devnull).open("w")  # noqa: SIM115  # ends with the process
             sys.argv = [*map(str, arguments), *([] if "--out" in arguments else ["--out", str(out / "runs")])]
             torch.set_num_threads(1)
+            _forget_fork_server()
             patch()
             code = main()
             handle.flush()
@@ -58,6 +59,15 @@ def run_forked(
     process.join(LIMIT_SECONDS)
     assert process.exitcode is not None, f"{arguments[0]} has not ended after {LIMIT_SECONDS} s"
     return process.exitcode, log.read_text()
+
+
+def _forget_fork_server() -> None:
+    """A server of loader workers that the parent has started is no child of this process, which starts its own."""
+    from multiprocessing import forkserver
+
+    server: Any = getattr(forkserver, "_forkserver", None)
+    if getattr(server, "_forkserver_pid", None) is not None:
+        server._forkserver_pid = server._forkserver_alive_fd = server._forkserver_address = None
 
 
 # ------------------------------------------------------------------ what may happen, and when
