@@ -132,7 +132,10 @@ def fit_temperature(logits: Any, labels: Any, task: Task) -> float:
 def fit_temperatures(
     logits: Any, labels: Any, masks: Any, task: Task, modalities: Sequence[str] = IMAGE_TEXT, min_rows: int = MIN_ROWS
 ) -> Temperatures:
-    """A temperature for each pattern, the pooled one where it has too few validation rows.
+    """A temperature for each pattern, the pooled one where its validation rows are too few, or all of them right.
+
+    Where every decision is right the likelihood rises without end as T falls: the temperature would only say how far
+    the search went, and one wrong test row would cost as much as all others together.
 
     Args:
         logits: (N, C) of validation samples under the patterns ``masks``.
@@ -140,7 +143,8 @@ def fit_temperatures(
         masks: (N,) patterns as bit masks.
         task: multiclass, multilabel, binary.
         modalities: in the order of the model.
-        min_rows: patterns with fewer rows take the temperature of all rows together (1 where there is no row at all).
+        min_rows: patterns with fewer rows take the temperature of all rows together (1 where there is no row at all, or
+            where all are right).
 
     Raises:
         ValueError: shapes or labels that do not fit.
@@ -150,12 +154,20 @@ def fit_temperatures(
         DCP (arXiv 2410.06558), our specification 9.
     """
     z, y, held = as_array(logits), as_array(labels), as_array(masks)
-    pooled = fit_temperature(z, y, task)
+    pooled = 1.0 if _all_right(z, y, task) else fit_temperature(z, y, task)
     by_mask: dict[int, float] = {}
     rows: dict[int, int] = {}
     for mask in all_masks(modalities):
         chosen = held == mask
         rows[mask] = int(chosen.sum())
         enough = rows[mask] >= max(min_rows, 1)
-        by_mask[mask] = fit_temperature(z[chosen], y[chosen], task) if enough else pooled
+        own = enough and not _all_right(z[chosen], y[chosen], task)
+        by_mask[mask] = fit_temperature(z[chosen], y[chosen], task) if own else pooled
     return Temperatures(by_mask, pooled, tuple(modalities), rows)
+
+
+def _all_right(logits: np.ndarray, labels: np.ndarray, task: Task) -> bool:
+    """Whether no decision is wrong, so that no temperature is best."""
+    if task == "multilabel":
+        return bool(((logits > 0) == (labels > 0)).all())
+    return bool((logits.argmax(1) == labels).all())

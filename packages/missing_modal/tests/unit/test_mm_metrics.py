@@ -161,6 +161,21 @@ def test_a_pattern_with_few_rows_takes_the_pooled_temperature():
     assert after["test/accuracy"] == before["test/accuracy"]
 
 
+@pytest.mark.parametrize("task", ["multiclass", "multilabel"])
+def test_a_pattern_whose_rows_are_all_right_takes_the_pooled_temperature(task):
+    """The likelihood has no maximum there; a temperature at the bound would make one wrong test row very costly."""
+    rng = np.random.default_rng(0)
+    logits, masks = rng.normal(size=(160, 3)) * 3, np.array([3, 1] * 80)
+    labels = (logits > 0).astype(int) if task == "multilabel" else logits.argmax(1)
+    wrong = np.flatnonzero(masks == 1)[::4]
+    labels[wrong] = 1 - labels[wrong] if task == "multilabel" else (labels[wrong] + 1) % 3
+    found = fit_temperatures(logits, labels, masks, task)
+    assert found.by_mask[3] == found.pooled == fit_temperature(logits, labels, task)
+    assert found.by_mask[1] == fit_temperature(logits[masks == 1], labels[masks == 1], task) > found.pooled
+    right = masks == 3
+    assert fit_temperatures(logits[right], labels[right], masks[right], task).pooled == 1.0
+
+
 def test_temperatures_as_json():
     first = Temperatures({7: 1.25, 3: 0.5}, 2.0, ("image", "text", "audio"))
     plain = first.to_json()
