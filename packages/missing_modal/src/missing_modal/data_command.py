@@ -29,6 +29,7 @@ mm-data show --data manifest.jsonl --missing.kind both --missing.ratio 0.7
 _SHOWN = 20
 _MAX_WORKERS = 16
 _MOST_CLASSES = 120
+_MOST_LETTERS = 60
 
 
 @dataclass
@@ -257,10 +258,16 @@ def _sample_line(data: MMData, sample: Sample) -> str:
         label = names[sample.label]
     else:
         label = ", ".join(name for name, one in zip(names, sample.label, strict=True) if one) or "none"
-    parts = [
-        f"{name} {' '.join(str(value).split())[:60]}" for name, value in sample.inputs.items() if value is not None
-    ]
+    parts = [f"{name} {_shown(value)}" for name, value in sample.inputs.items() if value is not None]
     return f"[{label}] " + " | ".join(parts)
+
+
+def _shown(value: Any) -> str:
+    """A value in a few words: a text, a path, a short row of numbers, the shape of an array."""
+    shape = tuple(getattr(value, "shape", ()))
+    if len(shape) > 1:
+        return f"{' x '.join(map(str, shape))} numbers"
+    return " ".join(str(value).split())[:_MOST_LETTERS]
 
 
 def _write_tables(config: ShowConfig, out: Path) -> None:

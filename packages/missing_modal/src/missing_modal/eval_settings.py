@@ -109,7 +109,7 @@ class PredictConfig:
     checkpoint: Path | None = None
     """run folder of mm-train (its best weights), a file of checkpoints/ or an exported .safetensors"""
     inputs: dict[str, str] = field(default_factory=dict)
-    """one sample: --image FILE --text TEXT --audio FILE --tabular 1,2,3, or --inputs.NAME VALUE, as far as there"""
+    """one sample: --image FILE --text TEXT --audio FILE --tabular 1,2,3, --inputs.NAME VALUE; the others are missing"""
     jsonl: Path | None = None
     """file with a sample a line: {"id": ..., "image": FILE, "text": TEXT, ...}; null or absent: missing"""
     sample: list[str] = field(default_factory=list)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +32,8 @@ class ArrayInput:
 
     def decode(self, value: Any) -> Tensor:
         """A value that is no array yet."""
-        raise UserError(f"a value of type {type(value).__name__} where this encoder takes arrays; make it an array")
+        found = "a text" if isinstance(value, str) else "a file" if isinstance(value, Path) else type(value).__name__
+        raise UserError(f"{found} where this encoder takes arrays of numbers; give such as it was trained on")
 
 
 class ImageInput(ArrayInput):

@@ -36,6 +36,8 @@ _FIELDS = ("id", "label", "split", "row")
 """keys of a row that are no modality"""
 _ONE = "sample"
 """id of a sample that was given on the command line"""
+_NAMED = 20
+"""samples that cannot be predicted, of which each gets a line"""
 
 
 def main() -> int:
@@ -89,12 +91,15 @@ def predict(config: PredictConfig) -> list[str]:
         if isinstance(result, UserError):
             if len(samples) == 1:
                 raise result
-            sys.stderr.write(f"mm-predict: error: {' '.join(str(result).split())}\n")
             failed.append(samples[number].id)
+            if len(failed) <= _NAMED:
+                sys.stderr.write(f"mm-predict: error: {' '.join(str(result).split())}\n")
         elif config.out is not None:
             found.append(json.dumps(result.to_json(), ensure_ascii=False))
         else:
             sys.stdout.write(result.line(config.top) + "\n")
+    if len(failed) > _NAMED:
+        sys.stderr.write(f"mm-predict: error: {len(failed) - _NAMED} more samples cannot be predicted\n")
     if len(failed) == len(samples):
         raise UserError(f"none of the {len(samples)} samples can be predicted; correct what the lines above name")
     if config.out is not None:
@@ -116,7 +121,7 @@ def _check(config: PredictConfig) -> None:
     given = [bool(config.inputs), config.jsonl is not None, bool(config.sample)]
     if sum(given) != 1:
         what = "nothing to predict" if not any(given) else "samples from several places"
-        raise UserError(f'{what}; give one of: --image FILE --text "..." (as far as there), --jsonl FILE, --sample ID')
+        raise UserError(f'{what}; give one of: --image FILE --text "..." (or one), --jsonl FILE, --sample ID')
     if config.jsonl is not None and not config.jsonl.expanduser().is_file():
         raise UserError(f"--jsonl {config.jsonl}: no such file; check the path")
     if config.out is not None:

@@ -38,6 +38,8 @@ SCHEMA_VERSION = 1
 REPORT_FILE = "report.json"
 ALL = "all"
 _DASH = "–"
+_FEW = 50
+"""validation samples below which the closing line says that temperatures rest on few"""
 _SHOWN: dict[str, tuple[str, ...]] = {
     "multiclass": ("accuracy",),
     "binary": ("accuracy", "auroc"),
@@ -213,7 +215,8 @@ def calibration_line(report: Report) -> str:
     degrees = ", ".join(f"{r.pattern} {r.temperature:.2f}" for r in report.rows if r.temperature is not None)
     ece = f"ece {100 * row.scores['ece']:.1f} -> {100 * row.calibrated['ece']:.1f} %"
     nll = f"nll {row.scores['nll']:.3f} -> {row.calibrated['nll']:.3f}"
-    return f"calibration: {ece}, {nll} (temperatures: {degrees}; fitted on {report.fitted_on} validation samples)"
+    few = ": few, trust them little" if report.fitted_on < _FEW else ""
+    return f"calibration: {ece}, {nll} (temperatures: {degrees}; fitted on {report.fitted_on} validation samples{few})"
 
 
 def sample_rows(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from functools import partial
@@ -66,6 +67,15 @@ def test_check_decodes_all_kinds_of_a_manifest(mm_data, tmp_path):
     result = mm_data("check", "--data", path)
     one_error(result, "1 files of manifest", "2.wav cannot be read", "ffmpeg")
     one_error(mm_data("check"), "no file given")
+
+
+def test_show_gives_shapes_of_arrays_and_short_rows_of_numbers(mm_data):
+    result = mm_data("show", "--data", "world", "--data.sizes", "[20, 10, 10]")
+    assert result.code == 0, result.err
+    (line,) = [line for line in result.out.splitlines() if line.startswith("train world-train-00000")]
+    assert re.fullmatch(
+        r"train world-train-00000: \[(plus|minus)\] image 8 x 4 numbers \| text \[25( +\d+){3} 26\]", line
+    )
 
 
 def test_show_tells_what_the_table_takes_from_what_is_there(mm_data, tmp_path):

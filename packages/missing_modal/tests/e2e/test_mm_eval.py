@@ -262,6 +262,20 @@ def test_bad_files_of_rows(call, mm_run, tmp_path, complains):
         complains(call("mm-predict", mm_run, "--jsonl", source), part)
 
 
+def test_many_rows_that_cannot_be_read_are_counted_not_listed(call, mm_run, tmp_path):
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(f'{{"id": {n}, "text": "words"}}\n' for n in range(30)))
+    result = call("mm-predict", mm_run, "--jsonl", source)
+    assert result.code == 2
+    lines = result.err.splitlines()
+    assert len(lines) == 22
+    assert lines[0] == (
+        "mm-predict: error: 0, text: a text where this encoder takes arrays of numbers; give such as it was trained on"
+    )
+    assert lines[20] == "mm-predict: error: 10 more samples cannot be predicted"
+    assert lines[21].startswith("mm-predict: error: none of the 30 samples can be predicted; ")
+
+
 def test_results_are_not_replaced_by_chance(call, mm_run, tmp_path, complains):
     out = tmp_path / "found.jsonl"
     out.write_text("mine\n")

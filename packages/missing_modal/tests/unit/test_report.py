@@ -109,7 +109,8 @@ def test_the_calibration_line_says_what_changed():
     row = report_of().of("all")
     line = calibration_line(report_of())
     assert f"ece {100 * row.scores['ece']:.1f} -> {100 * row.calibrated['ece']:.1f} %" in line
-    assert "complete 0.50, image 2.00, text 1.50; fitted on 50 validation samples" in line
+    assert line.endswith("complete 0.50, image 2.00, text 1.50; fitted on 50 validation samples)")
+    assert calibration_line(report_of(fitted_on=49)).endswith("49 validation samples: few, trust them little)")
 
 
 def test_several_labels_show_f1():
