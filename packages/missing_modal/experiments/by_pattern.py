@@ -61,7 +61,7 @@ def columns(found: dict[str, Any]) -> dict[str, list[int]]:
     """Heading -> places of its patterns."""
     names, count = found["patterns"], len(found["modalities"])
     if count == 2:
-        return {name: [place] for place, name in enumerate(names)}
+        return {name if name == "complete" else f"only {name}": [place] for place, name in enumerate(names)}
     sizes = [count if name == "complete" else name.count("+") + 1 for name in names]
     by_size = {f"{size} there": [p for p, held in enumerate(sizes) if held == size] for size in range(count, 0, -1)}
     return by_size | {f"only {name}": [names.index(name)] for name in found["modalities"]}
