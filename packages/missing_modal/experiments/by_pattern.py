@@ -80,6 +80,16 @@ def scores(found: dict[str, Any]) -> dict[tuple[str, str], Scores]:
     return result
 
 
+def whole(folder: Path) -> Scores:
+    """Method -> seed -> mean accuracy over all cells: training patterns, test patterns, rates and tables alike."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for path in sorted((folder / "cells").glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        by_seed = found.setdefault(record["method"], {})
+        by_seed.setdefault(record["train"]["seed"], []).extend(record["cells"]["test/accuracy"])
+    return {m: {seed: 100 * float(np.mean(v)) for seed, v in by_seed.items()} for m, by_seed in found.items()}
+
+
 def _said(cell: dict[int, float]) -> str:
     found = summarise(list(cell.values()))
     return f"{found.mean:.1f}" + ("" if found.sd is None else f" ± {found.sd:.1f}")
@@ -93,8 +103,8 @@ def _difference(ours: dict[int, float], base: dict[int, float]) -> str:
     return f"{found.mean:+.1f}{interval}"
 
 
-def to_table(found: dict[str, Any], against: str) -> str:
-    """Both tables as Markdown."""
+def to_table(found: dict[str, Any], cells: Scores, against: str) -> str:
+    """All tables as Markdown; ``cells`` of ``whole``."""
     table, headings = dict(sorted(scores(found).items())), list(columns(found))
     rows = [[f"{method}: {kind}", *(_said(held[h]) for h in headings)] for (kind, method), held in table.items()]
     others = [
@@ -102,12 +112,18 @@ def to_table(found: dict[str, Any], against: str) -> str:
         for (kind, method), held in table.items()
         if method != against and (kind, against) in table
     ]
+    means = [
+        [method, _said(held), "" if method == against else _difference(held, cells[against])]
+        for method, held in cells.items()
+    ]
     label = "method: missing in training"
     return (
         "Accuracy in percent over all test rows, by what is there; mean ± sample deviation over training seeds.\n\n"
         f"{markdown([label, *headings], rows)}\n\n"
         f"Difference to {against} with the same training pattern, seed by seed [95 %].\n\n"
-        f"{markdown([label, *headings], others)}\n"
+        f"{markdown([label, *headings], others)}\n\n"
+        "Mean over all cells of the matrix: training patterns, test patterns, rates and test tables alike.\n\n"
+        f"{markdown(['method', 'accuracy', f'difference to {against} [95 %]'], means)}\n"
     )
 
 
@@ -134,7 +150,7 @@ def main() -> int:
         found = json.loads(path.read_text(encoding="utf-8"))
         if len(found["modalities"]) > 2:
             slim(options.results)
-        text = to_table(found, options.against)
+        text = to_table(found, whole(options.results), options.against)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -196,8 +196,16 @@ def test_accuracy_under_each_pattern_is_that_of_its_logits(scripts, tmp_path):
     assert table["1 there"] == {0: pytest.approx(100 * 2.75 / 3), 1: pytest.approx(100 * 2.5 / 3)}
     assert table["only a"] == {0: 75.0, 1: 50.0}
     assert table["2 there"] == table["3 there"] == {0: 100.0, 1: 100.0}
-    text = scripts["by_pattern"].to_table(found, "mmp_input")
-    assert "+12.5 [-146.3, +171.3]" in text.splitlines()[-1]  # 25 and 0 points; t of one degree of freedom: 12.7
+    for path in sorted((tmp_path / "logits").iterdir()):
+        method, _, _, seed = path.stem.removesuffix("-test").split("-")
+        record = {"method": method, "train": {"seed": int(seed[-1])}, "cells": {"test/accuracy": [0.5, 1.0]}}
+        (tmp_path / "cells").mkdir(exist_ok=True)
+        (tmp_path / "cells" / f"{path.stem}.json").write_text(json.dumps(record), encoding="utf-8")
+    cells = scripts["by_pattern"].whole(tmp_path)
+    assert cells == {"dcp": {0: 75.0, 1: 75.0}, "mmp_input": {0: 75.0, 1: 75.0}}
+    text = scripts["by_pattern"].to_table(found, cells, "mmp_input")
+    assert "+12.5 [-146.3, +171.3]" in text  # 25 and 0 points; t of one degree of freedom: 12.7
+    assert "75.0 ± 0.0" in text.splitlines()[-1]
     with pytest.raises(UserError, match="run mm-matrix with --results"):
         scripts["by_pattern"].measure(tmp_path / "logits")
 
@@ -239,7 +247,7 @@ def test_tables_of_real_data_are_written_from_the_committed_cells(name, scripts,
     found = json.loads((FOLDER / "results" / name / "patterns.json").read_text(encoding="utf-8"))
     assert sorted(found["models"]) == sorted(by_name)
     text = (FOLDER / "results" / name / "patterns.md").read_text(encoding="utf-8")
-    assert scripts["by_pattern"].to_table(found, "dcp") == text
+    assert scripts["by_pattern"].to_table(found, scripts["by_pattern"].whole(FOLDER / "results" / name), "dcp") == text
     cost = "cells looked up in"  # the last note: seconds
     assert to_tables(config, records).split(cost)[0] == written.split(cost)[0]
 
