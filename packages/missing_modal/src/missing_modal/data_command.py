@@ -92,10 +92,8 @@ def check(config: CheckConfig) -> None:
     for line in problems[:_SHOWN]:
         _say(f"  {line}")
     if problems:
-        raise UserError(
-            f"{len(problems)} files of {data.name} cannot be used, first: {problems[0]}; copy them again, or leave the "
-            "rows out"
-        )
+        count = f"{len(problems)} file{'s' if len(problems) > 1 else ''} of {data.name} cannot be used"
+        raise UserError(f"{count}, first: {problems[0]}")  # which says what to do
     _say("all files can be used" if config.files else "lists and labels can be used (no file was decoded)")
 
 

@@ -13,6 +13,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -224,7 +225,8 @@ class Runner:
             "missing_modal", config, name=trial.name, method=info.name, fidelity=info.fidelity, data=job.facts()
         ) as run:
             write_json(marker, {"schema_version": SCHEMA_VERSION, "digest": digest, "run": str(run.folder)})
-            metrics, _ = job.run(run)
+            with _quiet("missing_modal.job"):  # two lines a model on its small files are too many here
+                metrics, _ = job.run(run)
             run.finish(metrics)
         return run.folder
 
@@ -339,6 +341,18 @@ def _write(path: Path, record: dict[str, Any]) -> None:
 
 
 # ------------------------------------------------------------------ running
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Warnings only from a logger, meanwhile."""
+    talker = logging.getLogger(name)
+    before = talker.level
+    talker.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        talker.setLevel(before)
 
 
 def _run(config: MatrixConfig, runner: Runner, todo: Sequence[Trial | Path]) -> Iterator[tuple[Trial | Path, float]]:

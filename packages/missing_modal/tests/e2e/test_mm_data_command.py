@@ -53,7 +53,7 @@ def test_check_names_each_broken_file_once_a_row(mm_data, tmp_path):
     (home / "images" / "0000102.jpeg").write_bytes(b"no picture")  # a film with three plots
     (home / "images" / "0000301.jpeg").write_bytes(layouts.encoded(1)[:300])
     result = mm_data("check", "--data", "mmimdb", "--data.root", home)
-    one_error(result, "2 files of mmimdb cannot be used", "0000102.jpeg is broken", "copy them again")
+    one_error(result, "2 files of mmimdb cannot be used", "0000102.jpeg is broken", "copy it again")
     assert result.out.count("is broken") == 2
     assert mm_data("check", "--data", "mmimdb", "--data.root", home, "--files", "false").code == 0
     (home / "labels" / "0000200.json").unlink()
@@ -65,7 +65,7 @@ def test_check_decodes_all_kinds_of_a_manifest(mm_data, tmp_path):
     assert mm_data("check", "--data", path).code == 0
     (tmp_path / "sounds" / "2.wav").write_bytes(b"RIFF")
     result = mm_data("check", "--data", path)
-    one_error(result, "1 files of manifest", "2.wav cannot be read", "ffmpeg")
+    one_error(result, "1 file of manifest", "2.wav cannot be read (cut short)", "ffmpeg")
     one_error(mm_data("check"), "no file given")
 
 

@@ -38,6 +38,8 @@ def test_a_grid_from_end_to_end_then_nothing_is_done_twice(call, grid, tmp_path)
     folder = tmp_path / "matrix"
     result = call(*grid)
     assert result.code == 0, result.err
+    assert "2/2 dcp-both" in result.err
+    assert "logits differ" not in result.err, "a line a model, not what each training says"
     assert "### matrix: test/accuracy on world" in result.out
     assert {path.name for path in folder.iterdir()} == {
         "cells", "curves.png", "heat_map.png", "logits", "models", "table.md",

@@ -80,7 +80,7 @@ def read_wav(source: Any) -> tuple[np.ndarray, int]:
             raw = np.frombuffer(sound.readframes(sound.getnframes()), np.uint8)
     except (wave.Error, EOFError) as error:
         raise UserError(
-            f"sound {source} cannot be read ({error or 'cut short'}); "
+            f"sound {source} cannot be read ({str(error) or 'cut short'}); "
             "save it as PCM: ffmpeg -i FILE -c:a pcm_s16le new.wav"
         ) from error
     raw = raw[: len(raw) // (width * channels) * width * channels].reshape(-1, width)
