@@ -70,7 +70,7 @@ class PatternParameter(nn.Module):
         held = [[float(mask >> place & 1) / mask.bit_count() for place in range(len(self.value))] for mask in masks]
         shares = torch.tensor(held, dtype=self.value.dtype, device=self.value.device)
         with torch.autocast(self.value.device.type, enabled=False):  # means keep their digits
-            return (shares @ self.value.flatten(1)).unflatten(1, self.value.shape[1:])
+            return (shares @ self.value.flatten(1)).view(len(held), *self.value.shape[1:])
 
 
 class DynamicAttention(nn.Module):
