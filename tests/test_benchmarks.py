@@ -196,7 +196,10 @@ def run_script(script, *arguments, cwd):
 
 @pytest.mark.parametrize(
     "script",
-    ["shared.py", "slt.py", "css.py", "fedcore.py", "fedcore_lora.py", "fedcore_privacy.py", "missing_modal.py"],
+    [
+        *("shared.py", "slt.py", "css.py", "fedcore.py", "fedcore_lora.py", "fedcore_privacy.py"),
+        *("vlm_accel.py", "missing_modal.py"),
+    ],
 )
 def test_scripts_start_from_any_folder(script, tmp_path):
     done = run_script(script, "--help", cwd=tmp_path)

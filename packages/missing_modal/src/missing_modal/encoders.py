@@ -55,6 +55,11 @@ def build_towers(config: BackboneConfig, reader: MMData, *, train: bool = True) 
         return towers
     from missing_modal.backbones.load import load_towers
 
+    if config.name.startswith("open_clip:") and config.weights is None:
+        raise UserError(
+            f"backbone {config.name} needs weights; give --backbone.weights FILE (open_clip's), or --backbone small for "
+            "encoders that are trained on your rows"
+        )
     loaded = load_towers(config.name, config.weights, config.seed, config.context or None)
     known = {tower.spec.name for tower in loaded}
     # Encoders of modalities that the data lacks stay away; those that the published model lacks are small and random.

@@ -24,7 +24,7 @@ __all__ = ["ALIASES", "DEFAULT_PRESETS", "main", "train"]
 EXAMPLE = """
 mm-train                                     # two-modality world, 70 % missing, about two minutes
 mm-train --data mmimdb --data.root DIR --backbone open_clip:ViT-B-16-quickgelu --backbone.weights FILE
-mm-train --data my.jsonl --method mmp_input  # own data: null where a modality is missing
+mm-train --data my.jsonl --backbone small    # own data: null where a modality is missing
 mm-train --resume runs/missing_modal/RUN     # go on after Ctrl-C or a crash
 """
 DEFAULT_PRESETS = {

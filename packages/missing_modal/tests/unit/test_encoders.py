@@ -134,3 +134,8 @@ def test_published_encoders_are_joined_by_small_ones_for_other_kinds(tmp_path, c
 
     with pytest.raises(UserError, match="the data has side"):
         build_towers(config, Views())
+
+
+def test_a_published_encoder_without_weights_names_both_ways_out():
+    with pytest.raises(UserError, match=r"needs weights; give --backbone.weights FILE .* or --backbone small"):
+        build_towers(BackboneConfig(name="open_clip:ViT-B-16-quickgelu"), World())
