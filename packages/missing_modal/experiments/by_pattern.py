@@ -4,8 +4,8 @@
 
 Reads the logits that mm-matrix left in ``logits`` and writes ``patterns.json``; without logits, reads that file.
 ``patterns.md`` has accuracy by what is there (beyond two modalities: how many are there, and each one alone) and paired
-differences to one method. Cells of more than two modalities are made slim: what they say by pattern, 63 columns a score
-of a few rows each, is left out, and the scores over all rows stay.
+differences to one method. Cells of more than two modalities are made slim: the accuracy over all rows stays, the other
+scores and what they say by pattern, 63 columns each of a few rows, are left out.
 """
 
 import argparse
@@ -24,6 +24,8 @@ from polymodal.stats import paired_difference, summarise
 from polymodal.tables import markdown
 
 DIGITS = 4
+KEPT = ("kind", "ratio", "seed", "test/accuracy")
+"""Columns of slim cells."""
 Scores = dict[str, dict[int, float]]
 """Heading -> seed -> accuracy in percent."""
 
@@ -128,10 +130,10 @@ def to_table(found: dict[str, Any], cells: Scores, against: str) -> str:
 
 
 def slim(folder: Path) -> None:
-    """Cells without their columns by pattern."""
+    """Cells with accuracy over all rows only."""
     for path in sorted((folder / "cells").glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
-        cells = {name: values for name, values in record["cells"].items() if name.count("/") < 2}
+        cells = {name: values for name, values in record["cells"].items() if name in KEPT}
         if cells != record["cells"]:
             lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(values)}" for name, values in cells.items())
             head = json.dumps({key: value for key, value in record.items() if key != "cells"}, indent=2)

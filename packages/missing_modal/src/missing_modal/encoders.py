@@ -57,8 +57,8 @@ def build_towers(config: BackboneConfig, reader: MMData, *, train: bool = True) 
 
     if config.name.startswith("open_clip:") and config.weights is None:
         raise UserError(
-            f"backbone {config.name} needs weights; give --backbone.weights FILE (open_clip's), or --backbone small for "
-            "encoders that are trained on your rows"
+            f"backbone {config.name} needs weights; give --backbone.weights FILE (open_clip's), or --backbone small "
+            "for encoders that are trained on your rows"
         )
     loaded = load_towers(config.name, config.weights, config.seed, config.context or None)
     known = {tower.spec.name for tower in loaded}
