@@ -31,12 +31,13 @@ Scores = dict[str, dict[int, float]]
 
 
 def measure(folder: Path) -> dict[str, Any]:
-    """Accuracies (0..1) by model and pattern, from the logits.
+    """Accuracies (0..1) by model and pattern, from the logits of the models whose cells are there.
 
     Raises:
         UserError: no logits there.
     """
-    files = sorted((folder / "logits").glob("*-test.npz"))
+    told = {path.stem for path in (folder / "cells").glob("*.json")}
+    files = [p for p in sorted((folder / "logits").glob("*-test.npz")) if p.stem.removesuffix("-test") in told]
     if not files:
         raise UserError(f"{folder}: neither patterns.json nor logits; run mm-matrix with --results {folder.name}")
     models: dict[str, Any] = {}

@@ -186,6 +186,13 @@ def test_accuracy_under_each_pattern_is_that_of_its_logits(scripts, tmp_path):
             cache.put(mask, logits)
         (tmp_path / "logits").mkdir(exist_ok=True)
         cache.save(tmp_path / "logits" / f"{method}-only_b-0.7-seed{seed}-test.npz", {})
+    for path in sorted((tmp_path / "logits").iterdir()):
+        method, _, _, seed = path.stem.removesuffix("-test").split("-")
+        record = {"method": method, "train": {"seed": int(seed[-1])}, "cells": {"test/accuracy": [0.5, 1.0]}}
+        (tmp_path / "cells").mkdir(exist_ok=True)
+        (tmp_path / "cells" / f"{path.stem.removesuffix('-test')}.json").write_text(
+            json.dumps(record), encoding="utf-8"
+        )
     found = scripts["by_pattern"].measure(tmp_path)
     assert found["patterns"][0] == "complete"
     assert dict(zip(found["patterns"], found["models"]["dcp-only_b-0.7-seed0"], strict=True)) == {
@@ -196,11 +203,6 @@ def test_accuracy_under_each_pattern_is_that_of_its_logits(scripts, tmp_path):
     assert table["1 there"] == {0: pytest.approx(100 * 2.75 / 3), 1: pytest.approx(100 * 2.5 / 3)}
     assert table["only a"] == {0: 75.0, 1: 50.0}
     assert table["2 there"] == table["3 there"] == {0: 100.0, 1: 100.0}
-    for path in sorted((tmp_path / "logits").iterdir()):
-        method, _, _, seed = path.stem.removesuffix("-test").split("-")
-        record = {"method": method, "train": {"seed": int(seed[-1])}, "cells": {"test/accuracy": [0.5, 1.0]}}
-        (tmp_path / "cells").mkdir(exist_ok=True)
-        (tmp_path / "cells" / f"{path.stem}.json").write_text(json.dumps(record), encoding="utf-8")
     cells = scripts["by_pattern"].whole(tmp_path)
     assert cells == {"dcp": {0: 75.0, 1: 75.0}, "mmp_input": {0: 75.0, 1: 75.0}}
     text = scripts["by_pattern"].to_table(found, cells, "mmp_input")
