@@ -83,6 +83,18 @@ def scores(found: dict[str, Any]) -> dict[tuple[str, str], Scores]:
     return result
 
 
+def over_kinds(table: dict[tuple[str, str], Scores]) -> dict[tuple[str, str], Scores]:
+    """Means over the training patterns, which all methods share, seed by seed."""
+    found: dict[tuple[str, str], Scores] = {}
+    for method in dict.fromkeys(method for _, method in table):
+        held = [row for (_, name), row in table.items() if name == method]
+        found["mean over all", method] = {
+            heading: {seed: float(np.mean([row[heading][seed] for row in held])) for seed in by_seed}
+            for heading, by_seed in held[0].items()
+        }
+    return found
+
+
 def whole(folder: Path) -> Scores:
     """Method -> seed -> mean accuracy over all cells: training patterns, test patterns, rates and tables alike."""
     found: dict[str, dict[int, list[float]]] = {}
@@ -109,6 +121,8 @@ def _difference(ours: dict[int, float], base: dict[int, float]) -> str:
 def to_table(found: dict[str, Any], cells: Scores, against: str) -> str:
     """All tables as Markdown; ``cells`` of ``whole``."""
     table, headings = dict(sorted(scores(found).items())), list(columns(found))
+    if len({kind for kind, _ in table}) > 1:
+        table |= over_kinds(table)
     rows = [[f"{method}: {kind}", *(_said(held[h]) for h in headings)] for (kind, method), held in table.items()]
     others = [
         [f"{method}: {kind}", *(_difference(held[h], table[kind, against][h]) for h in headings)]

@@ -212,6 +212,19 @@ def test_accuracy_under_each_pattern_is_that_of_its_logits(scripts, tmp_path):
         scripts["by_pattern"].measure(tmp_path / "logits")
 
 
+def test_means_over_training_patterns_are_taken_seed_by_seed(scripts):
+    table = {
+        ("any", "dcp"): {"complete": {0: 80.0, 1: 90.0}},
+        ("only:b", "dcp"): {"complete": {0: 60.0, 1: 80.0}},
+        ("any", "msp"): {"complete": {0: 50.0, 1: 50.0}},
+        ("only:b", "msp"): {"complete": {0: 70.0, 1: 50.0}},
+    }
+    assert scripts["by_pattern"].over_kinds(table) == {
+        ("mean over all", "dcp"): {"complete": {0: 70.0, 1: 85.0}},
+        ("mean over all", "msp"): {"complete": {0: 60.0, 1: 50.0}},
+    }
+
+
 def test_slim_cells_keep_the_scores_over_all_rows(scripts, tmp_path):
     cells = {"kind": ["any"], "ratio": [0.5], "seed": [0], "test/accuracy": [0.9], "test/nll": [0.3]}
     (tmp_path / "cells").mkdir()
