@@ -1,4 +1,4 @@
-"""What a linear classifier without any encoder makes of the emoji: the level that small encoders are to be held against.
+"""What a linear classifier without any encoder makes of the emoji: what small encoders are to be held against.
 
     python packages/missing_modal/experiments/emoji_reference.py DATA/manifest.jsonl
 
@@ -7,7 +7,6 @@ names, on their sequences of 2 to 4 letters, on pixels and letters together. Nee
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
