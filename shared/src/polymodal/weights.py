@@ -24,7 +24,10 @@ _FAULTS = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, Valu
 
 
 def load_tensors(
-    path: str | Path, safe: Iterable[Callable[..., Any]] = (), strip: str = "module."
+    path: str | Path,
+    safe: Iterable[Callable[..., Any]] = (),
+    strip: str = "module.",
+    remedy: str = "save model.state_dict() anew",
 ) -> dict[str, Tensor]:
     """Read a state dict on the CPU; no code from the file is run.
 
@@ -32,6 +35,7 @@ def load_tensors(
         path: ``.safetensors`` or a torch file; the latter is read with ``weights_only=True``.
         safe: further types that a torch file may hold beside its tensors.
         strip: removed before every name where all have it, as those of a model that ran in parallel.
+        remedy: what the user is to do about a broken file.
 
     Returns:
         Tensors by name; a ``state_dict`` or ``model`` level around them is removed.
@@ -53,12 +57,12 @@ def load_tensors(
             reason = "it holds Python objects beside tensors, or is damaged"
         else:
             reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot read weights from {path}: {reason}; save model.state_dict() anew") from error
+        raise UserError(f"cannot read weights from {path}: {reason}; {remedy}") from error
     for level in _LEVELS:
         if isinstance(loaded, dict) and isinstance(loaded.get(level), dict):
             loaded = loaded[level]
     if not isinstance(loaded, dict) or not loaded or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise UserError(f"{path} does not hold a plain dictionary of tensors; save model.state_dict()")
+        raise UserError(f"{path} does not hold a plain dictionary of tensors; {remedy}")
     shared = strip if all(name.startswith(strip) for name in loaded) else ""
     return {name.removeprefix(shared): value for name, value in loaded.items()}
 

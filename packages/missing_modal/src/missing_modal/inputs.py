@@ -32,8 +32,8 @@ class ArrayInput:
 
     def decode(self, value: Any) -> Tensor:
         """A value that is no array yet."""
-        found = "a text" if isinstance(value, str) else "a file" if isinstance(value, Path) else type(value).__name__
-        raise UserError(f"{found} where this encoder takes arrays of numbers; give such as it was trained on")
+        kind = "text" if isinstance(value, str) else "file" if isinstance(value, Path) else type(value).__name__
+        raise UserError(f"a {kind} where this encoder takes arrays of numbers; give such as it was trained on")
 
 
 class ImageInput(ArrayInput):

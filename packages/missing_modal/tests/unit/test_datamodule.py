@@ -101,7 +101,7 @@ def test_rows_of_different_shapes_are_refused():
 
 def test_an_error_names_the_sample_and_the_modality():
     data = MMDataset([Sample("s7", {"text": "words"}, 0)], [2], NAMES, {"text": ArrayInput()})
-    with pytest.raises(UserError, match="sample s7, text: a value of type str"):
+    with pytest.raises(UserError, match="sample s7, text: a text where this encoder takes arrays"):
         data[0, 0]
 
 

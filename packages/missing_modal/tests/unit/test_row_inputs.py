@@ -27,7 +27,7 @@ def test_arrays_and_tensors_pass_as_they_are():
     assert torch.equal(ArrayInput()(value), torch.from_numpy(value))
     tensor = torch.ones(2)
     assert ArrayInput()(tensor) is tensor
-    with pytest.raises(UserError, match="type list"):
+    with pytest.raises(UserError, match="a list where this encoder takes arrays"):
         ArrayInput()([1, 2])
 
 
@@ -106,7 +106,7 @@ def test_a_sound_of_any_length_fills_the_tower():
 
 def test_values_that_do_not_fit_are_refused():
     tower = small_patches(name="text", **SIZES)
-    with pytest.raises(UserError, match="type str"):
+    with pytest.raises(UserError, match="a text where this encoder takes arrays"):
         input_transforms([tower], {"text": "text"})["text"]("words")
     with pytest.raises(UserError, match="expected a string"):
         TextInput(ByteTokens(5))(3)

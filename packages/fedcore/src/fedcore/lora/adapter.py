@@ -294,7 +294,8 @@ def read_adapter(path: Path) -> AdapterFolder:
     _refuse_variants(path, config)
     file = WEIGHTS if (path / WEIGHTS).is_file() or not (path / "adapter_model.bin").is_file() else "adapter_model.bin"
     require_files(path, [file], what, remedy)
-    tensors = {name.removeprefix(PREFIX): value.float() for name, value in load_tensors(path / file).items()}
+    stored = load_tensors(path / file, remedy=remedy)
+    tensors = {name.removeprefix(PREFIX): value.float() for name, value in stored.items()}
     pairs = {name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")}
     layers = {}
     for name in (n for n in tensors if n.endswith(".lora_A.weight")):
