@@ -156,7 +156,10 @@ def gather(arguments: Sequence[str]) -> list[str]:
         if not word.startswith("--"):
             rest.append(word if word.startswith("-") else f"--checkpoint={word}")
         elif name in _LISTS:
-            lists.setdefault(name, []).extend([value] if eq else _taken(waiting))
+            values = [value] if eq else _taken(waiting)
+            if name == "without":  # names have no commas, ids of samples may
+                values = [part for one in values for part in one.split(",") if part]
+            lists.setdefault(name, []).extend(values)
         elif (name in _INPUTS or option.startswith("--inputs.")) and (eq or waiting):
             value = value if eq else waiting.pop(0)
             inputs[option.removeprefix("--").removeprefix("inputs.")] = value

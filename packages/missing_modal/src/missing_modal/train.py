@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["ALIASES", "DEFAULT_PRESETS", "main", "train"]
 
 EXAMPLE = """
-mm-train                                     # two-modality world, 70 % missing, about two minutes
+mm-train                                     # two-modality world, 70 % missing, under a minute
 mm-train --data mmimdb --data.root DIR --backbone open_clip:ViT-B-16-quickgelu --backbone.weights FILE
 mm-train --data my.jsonl --backbone small    # own data: null where a modality is missing
 mm-train --resume runs/missing_modal/RUN     # go on after Ctrl-C or a crash

@@ -231,6 +231,7 @@ def test_an_exported_file_with_encoders_of_another_width(call, mm_run, tmp_path,
     [
         (["RUN"], "nothing to predict"),
         (["RUN", "--sample", "world-test-00000", "--without", "image", "text"], "keep one of them"),
+        (["RUN", "--sample", "world-test-00000", "--without", "image,text"], "keep one of them"),
         (["RUN", "--text", "a", "--sample", "b"], "several places"),
         (["RUN", "--image", "NOWHERE.png"], "no such file"),
         (["RUN", "--audio", "NOWHERE.wav"], "the model has image, text"),
