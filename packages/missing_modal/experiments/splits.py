@@ -1,10 +1,13 @@
-"""What emoji.py and six_views.py share: splits that keep groups together, and the manifest that mm-matrix reads."""
+"""What emoji.py and six_views.py share: splits that keep groups together, manifest and command line."""
 
+import argparse
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from polymodal.errors import UserError
 from polymodal.files import write_text
 
 SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}
@@ -69,3 +72,23 @@ def write_manifest(path: Path, modalities: Mapping[str, str], classes: Sequence[
 def counts(splits: Sequence[str]) -> str:
     """Rows by split, as text."""
     return ", ".join(f"{split} {splits.count(split):,}" for split in SHARES)
+
+
+def script(doc: str, package: str, write: Callable[[Path, Path], str]) -> int:
+    """The command line of a script that makes a data set of a downloaded package; returns the exit code.
+
+    Args:
+        doc: of the script; its first line is shown.
+        package: help text of the argument.
+        write: (package, folder) -> one line about what was written to ``folder/manifest.jsonl``.
+    """
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0])
+    parser.add_argument("package", type=Path, help=package)
+    parser.add_argument("--out", type=Path, required=True, help="folder for manifest.jsonl and its files")
+    options = parser.parse_args()
+    try:
+        sys.stdout.write(f"{write(options.package, options.out)}\n{options.out / 'manifest.jsonl'}\n")
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    return 0

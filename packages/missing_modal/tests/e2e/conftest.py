@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from missing_modal import evaluate as evaluate_command
+from missing_modal import predict_command
 from missing_modal import train as train_command
 from missing_modal.data import READERS
 from missing_modal.settings import MMConfig
@@ -44,3 +46,15 @@ def mm_run(cache_folder, tmp_path_factory) -> Path:
 def mm_train(call_training) -> Callable[..., Result]:
     """``mm-train`` in this process; runs go to ``tmp_path / "runs"``, W&B is off."""
     return partial(call_training, train_command.main, "mm-train")
+
+
+@pytest.fixture
+def call(call_command, tmp_path):
+    """``mm-eval`` or ``mm-predict`` in this process; run folders go to ``tmp_path / "runs"``, W&B is off."""
+
+    def run(name, *arguments):
+        command = {"mm-eval": evaluate_command.main, "mm-predict": predict_command.main}[name]
+        more = ["--log.wandb", "off", "--out", tmp_path / "runs"] if name == "mm-eval" else []
+        return call_command(command, name, *arguments, *more)
+
+    return run

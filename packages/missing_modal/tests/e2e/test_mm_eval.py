@@ -5,8 +5,6 @@ import shutil
 
 import numpy as np
 import pytest
-from missing_modal import evaluate as evaluate_command
-from missing_modal import predict_command
 from missing_modal.checkpoint import load_trained
 from missing_modal.eval_settings import BackboneChoice, gather
 from missing_modal.export import read
@@ -15,19 +13,6 @@ from missing_modal.metrics import probabilities
 from missing_modal.report import read_report
 from polymodal.errors import UserError
 from polymodal.testing import folder_of, manifest
-
-
-@pytest.fixture
-def call(call_command, tmp_path):
-    """A command in this process; run folders go to ``tmp_path / "runs"``, W&B is off."""
-
-    def run(name, *arguments):
-        command = {"mm-eval": evaluate_command.main, "mm-predict": predict_command.main}[name]
-        more = ["--log.wandb", "off", "--out", tmp_path / "runs"] if name == "mm-eval" else []
-        return call_command(command, name, *arguments, *more)
-
-    return run
-
 
 # ------------------------------------------------------------------ mm-eval
 

@@ -11,8 +11,6 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from missing_modal import evaluate as evaluate_command
-from missing_modal import predict_command
 from missing_modal.checkpoint import load_trained
 from missing_modal.data.manifest import Manifest
 from missing_modal.datamodule import Row, collate
@@ -55,18 +53,6 @@ def home(example, tmp_path_factory) -> Path:
 @pytest.fixture
 def run_folder(home) -> Path:
     return folder_of(home)
-
-
-@pytest.fixture
-def call(call_command, tmp_path):
-    """mm-eval and mm-predict in this process."""
-
-    def run(name, *arguments):
-        command = {"mm-eval": evaluate_command.main, "mm-predict": predict_command.main}[name]
-        more = ["--log.wandb", "off", "--out", tmp_path / "runs"] if name == "mm-eval" else []
-        return call_command(command, name, *arguments, *more)
-
-    return run
 
 
 def rows_of(home: Path) -> list[dict]:

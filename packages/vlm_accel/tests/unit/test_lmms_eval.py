@@ -63,7 +63,7 @@ def test_bad_arguments_are_told_before_weights_are_loaded(arguments: dict[str, s
 
 def test_loglikelihood_says_why_not() -> None:
     harness = plugin.accelerated_class(Stub)("llava")
-    with pytest.raises(NotImplementedError, match="labels"):
+    with pytest.raises(UserError, match="needs labels .*; use a generate_until task"):
         harness.loglikelihood([])
 
 

@@ -18,6 +18,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from polymodal.errors import UserError
+
 __all__ = ["BASES", "accelerated_class", "manifests"]
 
 #: model id of ours -> the harness's chat class
@@ -76,7 +78,7 @@ def accelerated_class(base: type[Any]) -> type[Any]:
 
         def loglikelihood(self, requests: Any, *args: Any, **options: Any) -> Any:
             """Refused, see the module."""
-            raise NotImplementedError(
+            raise UserError(
                 "loglikelihood needs labels for every row of the prompt, and accelerated models have fewer rows; "
                 "use a generate_until task"
             )
